@@ -1,0 +1,1 @@
+"""Tensor functions: what each kernel means in plain torch (`reference`), and its fast twins."""

@@ -1,0 +1,1 @@
+"""thinkloop: an open-weight thinking model and its tools in one process."""

@@ -1,0 +1,1 @@
+"""What happened in a run: the event vocabulary, the trace format, reading and replay."""
