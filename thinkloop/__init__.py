@@ -1,1 +1,0 @@
-"""thinkloop: an open-weight thinking model and its tools in one process."""

@@ -1,0 +1,210 @@
+"""The Python face of a run: an `Agent` is a model, tools and limits; `run` gives a `Result`, `stream` the events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import anyio
+import anyio.to_thread
+from thinkloop.agent.context import Context
+from thinkloop.agent.limits import Limits
+from thinkloop.agent.loop import Listener, Loop
+from thinkloop.agent.model import Model
+from thinkloop.agent.named import is_url, open_model
+from thinkloop.agent.stream import EventStream
+from thinkloop.engine.params import Sampling
+from thinkloop.tools.tool import Tool, Toolset, declaration
+from thinkloop.traces.events import EndReason, Event, RunStarted, ThinkloopError, Usage
+from thinkloop.traces.writer import TraceWriter
+
+SYSTEM = "You are a research agent. Think, call tools, read the results, and answer with what they show."
+"""The system prompt of a model that doesn't bring its own."""
+TRACES = "runs"
+"""Folder under the current directory that traces go to unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """How a run ended. `usage` sums over all turns; `trace` is the trace's folder, None when none was written; `error` is
+    what went wrong when `reason` is `error`."""
+
+    answer: str
+    reason: EndReason
+    steps: int
+    usage: Usage
+    sources: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    trace: Path | None = None
+    error: str = ""
+
+
+class Agent:
+    """A model with tools and limits, ready for tasks.
+
+    `model` is `"mini"`, a checkpoint folder, the URL of an OpenAI-compatible server, or any `Model`; one that is named is
+    loaded for the first task and kept until `aclose`. `tools` are tools, toolsets, or functions decorated with `@tool`.
+    `sampling` is how a named model samples, with `seed`. `trace` is the folder for the trace of a run (one that holds none
+    yet), None for a new one under `runs/`, False for no trace.
+
+    Raises `ThinkloopError` for a model, tool or option that can't be used.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Model = "mini",
+        tools: Sequence[Tool | Toolset] = (),
+        *,
+        limits: Limits | None = None,
+        seed: int = 0,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        trace: str | Path | Literal[False] | None = None,
+        model_name: str | None = None,
+    ) -> None:
+        self._tools = [_checked_tool(tool) for tool in tools]
+        self._limits = limits or Limits()
+        self._sampling = replace(sampling, seed=seed) if sampling else None
+        self._system, self._trace = system, trace
+        self._open = _opener(model, self._sampling, seed, model_name)
+        self._model: Model | None = None if isinstance(model, str | Path) else model
+        self._owned = self._model is None
+        self._remote = isinstance(model, str) and is_url(model)
+        self._loading = anyio.Lock()
+
+    async def run(self, task: str) -> Result:
+        """Runs the task to its answer. Cancelling stops model and tools and leaves a whole trace.
+
+        Raises `ThinkloopError` when the run can't start (empty or too long a task, no model, no sandbox) or its trace can't
+        be written. A model that fails on the way gives a `Result` whose reason is `error`.
+        """
+        return await self._run(task, _ignore)
+
+    def run_sync(self, task: str) -> Result:
+        """`run` for code that isn't async."""
+        return anyio.run(self._run_and_close, task)
+
+    def stream(self, task: str) -> EventStream:
+        """The events of a run, for `async for`; see `EventStream` for how leaving early stops the run."""
+        checked = _checked_task(task)
+
+        async def drive(listener: Listener) -> Result:
+            return await self._run(checked, listener)
+
+        return EventStream(drive)
+
+    async def aclose(self) -> None:
+        """Closes a model that was given by name. A `Model` given as an object stays open: its owner closes it."""
+        if self._owned and self._model is not None:
+            model, self._model = self._model, None
+            await model.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def _run_and_close(self, task: str) -> Result:
+        try:
+            return await self.run(task)
+        finally:
+            if self._remote:  # connections belong to the event loop, which ends here; an engine is worth keeping
+                await self.aclose()
+
+    async def _run(self, task: str, listener: Listener) -> Result:
+        task = _checked_task(task)
+        model = await self._ready_model()
+        async with AsyncExitStack() as stack:
+            tools = await _ready_tools(self._tools, stack)
+            start = self._started(task, model, tools)
+            context = Context(model, start.system, task, start.tools)
+            writer = stack.enter_context(self._writer(start.run_id)) if self._trace is not False else None
+            loop = Loop(start, model, context, tools, self._limits, listener=listener, journal=writer)
+            end = await loop.run()
+        return Result(
+            answer=end.answer, reason=end.reason, steps=end.steps, usage=Usage(**end.usage), sources=end.sources,
+            seconds=end.seconds, trace=writer.folder if writer else None, error=loop.error,
+        )  # fmt: skip
+
+    async def _ready_model(self) -> Model:
+        async with self._loading:
+            if self._model is None:
+                self._model = await anyio.to_thread.run_sync(self._open, abandon_on_cancel=True)
+            return self._model
+
+    def _started(self, task: str, model: Model, tools: Mapping[str, Tool]) -> RunStarted:
+        own: str | None = getattr(model, "system", None)
+        return RunStarted(
+            run_id=uuid.uuid4().hex[:12], task=task, system=self._system if self._system is not None else own or SYSTEM,
+            model=model.describe(), tools=[declaration(tool) for tool in tools.values()], limits=self._limits.to_json(),
+            sampling=asdict(self._sampling) if self._sampling else {}, version=_version(),
+        )  # fmt: skip
+
+    def _writer(self, run_id: str) -> TraceWriter:
+        if isinstance(self._trace, str | Path):
+            return TraceWriter.create(self._trace)
+        return TraceWriter.create(Path(TRACES) / f"{time.strftime('%Y%m%d-%H%M%S')}-{run_id}")
+
+
+async def _ignore(event: Event) -> None:
+    """The listener of a run that nobody watches."""
+
+
+def _opener(model: object, sampling: Sampling | None, seed: int, model_name: str | None) -> Callable[[], Model]:
+    if isinstance(model, str | Path):
+        return open_model(str(model), sampling=sampling, seed=seed, model_name=model_name)
+    if not (hasattr(model, "stream") and hasattr(model, "count_tokens")):
+        raise ThinkloopError(
+            f'`model` is {type(model).__name__}: give "mini", a checkpoint folder, a server\'s URL, or a `Model`.'
+        )
+    if sampling is not None or model_name is not None:
+        raise ThinkloopError(
+            "`sampling` and `model_name` are for a model given by name: set them on your model instead."
+        )
+    return _never_opened
+
+
+def _never_opened() -> Model:
+    raise ThinkloopError("This agent's model was given as an object and has been closed: make a new agent.")
+
+
+def _checked_tool(tool: Any) -> Tool | Toolset:
+    if isinstance(tool, Tool | Toolset) and not isinstance(tool, type):
+        return tool
+    if isinstance(tool, type):
+        raise ThinkloopError(
+            f"`{tool.__name__}` is a class: give an instance of it, as in tools=[{tool.__name__}(...)]."
+        )
+    name = getattr(tool, "__name__", repr(tool))
+    hint = "decorate the function with `@tool`" if callable(tool) else "give tools, toolsets or functions with `@tool`"
+    raise ThinkloopError(f"`{name}` is not a tool: {hint}.")
+
+
+def _checked_task(task: str) -> str:
+    if not isinstance(task, str) or not task.strip():
+        raise ThinkloopError("The task is empty: say what the agent should find out or do.")
+    return task
+
+
+async def _ready_tools(given: Sequence[Tool | Toolset], stack: AsyncExitStack) -> dict[str, Tool]:
+    tools: dict[str, Tool] = {}
+    for entry in given:
+        if isinstance(entry, Toolset):
+            await stack.enter_async_context(entry)
+        for tool in entry.tools() if isinstance(entry, Toolset) else [entry]:
+            if tool.name in tools:
+                raise ThinkloopError(f"Two tools are called `{tool.name}`: rename one, the model must tell them apart.")
+            tools[tool.name] = tool
+    return tools
+
+
+def _version() -> str:
+    from importlib.metadata import version  # takes 20 ms, and only a run needs it
+
+    return version("thinkloop")

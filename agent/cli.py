@@ -1,0 +1,216 @@
+"""The command line: `run`, `replay`, `trace`, `doctor`. What it needs is imported when a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from thinkloop.traces.events import ThinkloopError
+from typer.core import TyperGroup
+
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """Errors meant for people become one paragraph and exit code 1, Ctrl-C 130. `--debug` lets tracebacks through."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ThinkloopError as error:
+            if ctx.meta.get("debug"):
+                raise
+            complain(error)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("\nInterrupted.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def complain(error: ThinkloopError) -> None:
+    """The error as a paragraph on standard error, with nothing in it that a terminal would obey."""
+    from thinkloop.agent.plain import clean
+
+    typer.echo(f"Error: {clean(str(error))}", err=True)
+
+
+def _debug(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta["debug"] = value or ctx.meta.get("debug", False)
+    return value
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(version("thinkloop"))
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Runs an open-weight thinking model and its tools in one process, every step recorded and replayable.",
+)  # fmt: skip
+trace_app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Look at recorded runs."
+)
+app.add_typer(trace_app, name="trace")
+
+Debug = Annotated[bool, typer.Option("--debug", callback=_debug, is_eager=True, help="Show tracebacks.")]
+TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="Folder of a recorded run.")]
+
+
+@app.callback()
+def thinkloop(
+    ctx: typer.Context,
+    debug: Debug = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if ctx.invoked_subcommand == "run":
+        from thinkloop.agent.settings import read_settings
+
+        ctx.default_map = {"run": read_settings(RUN_OPTIONS)}
+
+
+def _option(name: str, text: str, **more: Any) -> Any:
+    """An option that can also come from `THINKLOOP_<NAME>`."""
+    return typer.Option(f"--{name}", envvar=f"THINKLOOP_{name.upper().replace('-', '_')}", help=text, **more)
+
+
+@app.command()
+def run(
+    ctx: typer.Context,
+    task: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TASK", help='What to find out; "-" reads standard input.', show_default="the demo question"
+        ),
+    ] = None,
+    model: Annotated[
+        str, _option("model", '"mini", a checkpoint folder, or the URL of an OpenAI-compatible server.')
+    ] = "mini",
+    model_name: Annotated[str | None, _option("model-name", "The model's name on the server.")] = None,
+    tools: Annotated[str, _option("tools", 'Which tools, comma-separated; "none" for none.')] = "search,open,python",
+    corpus: Annotated[
+        Path | None, _option("corpus", "Folder of texts for search and open.", show_default="the sample world")
+    ] = None,
+    max_steps: Annotated[int, _option("max-steps", "Most model turns.", min=1)] = 300,
+    max_thinking: Annotated[int | None, _option("max-thinking", "Most thinking tokens a step.", min=1)] = None,
+    max_tokens: Annotated[int | None, _option("max-tokens", "Most tokens written over the run.", min=1)] = None,
+    time_limit: Annotated[float | None, _option("time-limit", "Seconds for the run.", min=0.001)] = None,
+    seed: Annotated[int, _option("seed", "Seed of the sampling.", min=0)] = 0,
+    temperature: Annotated[
+        float | None, _option("temperature", "0 is greedy.", min=0.0, show_default="the model's own")
+    ] = None,
+    trace: Annotated[Path | None, _option("trace", "New folder for the record.", show_default="under runs/")] = None,
+    json: Annotated[bool, _option("json", "Print events as JSON lines.")] = False,
+    quiet: Annotated[bool, _option("quiet", "Print the answer alone.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Let the model work on a task until it has an answer, or a limit makes it give one.
+
+    Options can also stand in thinkloop.toml (`max-steps = 40`) or in THINKLOOP_* variables; the command line wins over
+    the environment, the environment over the file. Exit codes: 0 answered, 1 error, 2 usage, 130 interrupted.
+    """
+    from thinkloop.agent.run_command import Request, execute
+
+    if json and quiet:
+        raise typer.BadParameter("--json and --quiet exclude each other")
+    request = Request(
+        task=task, model=model, model_name=model_name, tools=_tool_names(tools), corpus=corpus, max_steps=max_steps,
+        max_thinking=max_thinking, max_tokens=max_tokens, time_limit=time_limit, seed=seed, temperature=temperature,
+        trace=trace, output="json" if json else "quiet" if quiet else "screen",
+    )  # fmt: skip
+    raise typer.Exit(execute(request))
+
+
+RUN_OPTIONS = frozenset({
+    "model", "model_name", "tools", "corpus", "max_steps", "max_thinking", "max_tokens", "time_limit", "seed",
+    "temperature", "trace", "json", "quiet", "debug",
+})  # fmt: skip
+TOOLS = ("search", "open", "python")
+
+
+def _tool_names(given: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    if names == ("none",):
+        return ()
+    if unknown := [name for name in names if name not in TOOLS]:
+        raise typer.BadParameter(
+            f"there is no tool {unknown[0]!r}; there are {', '.join(TOOLS)} (or none)", param_hint="--tools"
+        )
+    return names
+
+
+@app.command()
+def replay(
+    trace: TraceArgument,
+    speed: Annotated[
+        float | None,
+        typer.Option("--speed", min=0.01, help="Times as fast as recorded.", show_default="1 on a terminal"),
+    ] = None,
+    instant: Annotated[
+        bool, typer.Option("--instant", help="Show all at once (the default where there is no terminal).")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print events as JSON lines.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show a run again, from its record alone."""
+    from thinkloop.agent.output import print_json, screen_for
+    from thinkloop.agent.replay import Player
+    from thinkloop.traces.reader import TraceReader
+
+    if speed is None and not instant and not json and sys.stdout.isatty():
+        speed = 1.0
+    player = Player(TraceReader.open(trace), speed=None if instant else speed)
+    if json:
+        for event in player.events():
+            print_json(event)
+        return
+    with screen_for(str(trace), now=player.now) as screen:
+        for event in player.events():
+            screen.show(event)
+
+
+@trace_app.command("show")
+def trace_show(
+    trace: TraceArgument,
+    step: Annotated[int | None, typer.Option("--step", min=1, help="Only this step, with results in full.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print a run as a transcript, with token counts and times per step."""
+    from thinkloop.agent.output import show_trace
+
+    show_trace(trace, step)
+
+
+@trace_app.command("ls")
+def trace_ls(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that holds traces.")] = Path("runs"),
+    debug: Debug = False,
+) -> None:
+    """List the recorded runs below a folder."""
+    from thinkloop.agent.output import list_traces
+
+    list_traces(folder)
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """Check what a run needs, and say how to mend what is missing."""
+    from thinkloop.agent.doctor import examine
+
+    missing = 0
+    for finding in examine():
+        typer.echo(f"{_MARKS[finding.state]}  {finding.name:<11} {finding.detail}")
+        if finding.fix:
+            typer.echo(f"   {'':<11} -> {finding.fix}")
+        missing += finding.state == "missing"
+    raise typer.Exit(1 if missing else 0)
+
+
+_MARKS = {"ok": "ok", "warn": "! ", "missing": "NO"}

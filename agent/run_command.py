@@ -1,0 +1,196 @@
+"""`thinkloop run`: from options to an agent, from its events to the screen, from how it ended to an exit code."""
+
+from __future__ import annotations
+
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+from thinkloop.agent.doctor import mini_folder
+from thinkloop.agent.output import print_json, screen_for
+from thinkloop.agent.plain import clean
+from thinkloop.traces.events import Error, Event, RunFinished, ThinkloopError
+from thinkloop.traces.writer import check_free
+
+if TYPE_CHECKING:
+    from thinkloop.agent.agent import Agent
+    from thinkloop.tools.tool import Tool, Toolset
+
+RUNS = "runs"
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The options of one run. `task` None asks the demo question, `-` reads standard input."""
+
+    task: str | None = None
+    model: str = "mini"
+    model_name: str | None = None
+    tools: tuple[str, ...] = ("search", "open", "python")
+    corpus: Path | None = None
+    max_steps: int = 300
+    max_thinking: int | None = None
+    max_tokens: int | None = None
+    time_limit: float | None = None
+    seed: int = 0
+    temperature: float | None = None
+    trace: Path | None = None
+    output: Literal["screen", "json", "quiet"] = "screen"
+
+
+def execute(request: Request) -> int:
+    """Run, show, and give the exit code: 0 for an answer, 1 for an error, 130 for an interrupt.
+
+    Raises `ThinkloopError` when the run can't start.
+    """
+    task = _task(request.task)
+    folder = request.trace or Path(RUNS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    check_free(folder)
+    agent = _agent(request, folder)
+    watch = Watch()
+    try:
+        with ExitStack() as stack:
+            show = _shower(request.output, folder, stack)
+            anyio.run(_drive, agent, task, watch, show)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted.{_where(folder)}", file=sys.stderr)
+        return INTERRUPTED
+    return watch.finish(request.output, folder)
+
+
+class Watch:
+    """Remembers of a run what its end is judged by."""
+
+    def __init__(self) -> None:
+        self.end: RunFinished | None = None
+        self.error = ""
+
+    def note(self, event: Event) -> None:
+        if isinstance(event, RunFinished):
+            self.end = event
+        elif isinstance(event, Error) and not event.recovered:
+            self.error = event.message
+
+    def finish(self, output: str, folder: Path) -> int:
+        """Print what `--quiet` and errors owe, and give the exit code."""
+        end = self.end
+        if end is None or end.reason == "error":
+            message = self.error or "the run stopped without saying why"
+            print(f"Error: {clean(message)}{_where(folder)}", file=sys.stderr)
+            return 1
+        if output == "quiet":
+            print(clean(end.answer).strip())
+        if end.reason == "cancelled":
+            return INTERRUPTED
+        return 0 if end.answer.strip() else 1
+
+
+async def _drive(agent: Agent, task: str, watch: Watch, show: Callable[[Event], None]) -> None:
+    try:
+        async with agent.stream(task) as events:
+            async for event in events:
+                watch.note(event)
+                show(event)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await agent.aclose()
+
+
+def _agent(request: Request, folder: Path) -> Agent:
+    from thinkloop.agent.agent import Agent
+    from thinkloop.agent.limits import Limits
+    from thinkloop.engine.params import Sampling
+
+    limits = Limits(
+        steps=request.max_steps, tokens=request.max_tokens, thinking_per_step=request.max_thinking,
+        seconds=request.time_limit,
+    )  # fmt: skip
+    sampling = None if request.temperature is None else Sampling(temperature=request.temperature)
+    return Agent(
+        request.model, _toolsets(request), limits=limits, seed=request.seed, sampling=sampling, trace=folder,
+        model_name=request.model_name,
+    )  # fmt: skip
+
+
+def _toolsets(request: Request) -> list[Tool | Toolset]:
+    names = set(request.tools)
+    found: list[Tool | Toolset] = []
+    if names & {"search", "open"}:
+        from thinkloop.tools.corpus import Search
+
+        found.append(Chosen(Search(_corpus(request)), names))
+    if "python" in names:
+        from thinkloop.tools.python import Python
+
+        found.append(Python())
+    return found
+
+
+class Chosen:
+    """A toolset of which only the tools with these names are offered."""
+
+    def __init__(self, inner: Toolset, names: set[str]) -> None:
+        self._inner, self._names = inner, names
+
+    def tools(self) -> Sequence[Tool]:
+        return [tool for tool in self._inner.tools() if tool.name in self._names]
+
+    async def __aenter__(self) -> Any:
+        return await self._inner.__aenter__()
+
+    async def __aexit__(self, *exc: Any) -> None:
+        await self._inner.__aexit__(*exc)
+
+
+def _corpus(request: Request) -> Path:
+    if request.corpus is not None:
+        return request.corpus
+    world = mini_folder() / "world"
+    if not world.is_dir():
+        raise ThinkloopError(
+            f"No corpus is named, and the sample world is missing from {world}. Name a folder of texts with `--corpus "
+            "DIR`, leave the tools out with `--tools python`, or install thinkloop again."
+        )
+    if request.task is not None and request.output == "screen":
+        print("No --corpus is named: searching the sample world that comes with thinkloop.", file=sys.stderr)
+    return world
+
+
+def _task(given: str | None) -> str:
+    task = _demo() if given is None else sys.stdin.read() if given == "-" else given
+    if not task.strip():
+        raise ThinkloopError(
+            'The task is empty. Say what to find out: `thinkloop run "Who …?"`, or leave it out for the demo.'
+        )
+    return task.strip()
+
+
+def _demo() -> str:
+    path = mini_folder() / "demo.txt"
+    try:
+        return path.read_text("utf-8")
+    except OSError:
+        raise ThinkloopError(
+            f"No task is given, and the demo question is missing from {path}. Give a task: "
+            '`thinkloop run "Who …?"`, or '
+            "install thinkloop again."
+        ) from None
+
+
+def _shower(output: str, folder: Path, stack: ExitStack) -> Callable[[Event], None]:
+    if output == "json":
+        return print_json
+    if output == "quiet":
+        return lambda event: None
+    return stack.enter_context(screen_for(str(folder))).show
+
+
+def _where(folder: Path) -> str:
+    return f" The trace is in {folder}." if folder.is_dir() else ""

@@ -1,0 +1,329 @@
+"""The python tool keeps variables, words results exactly, and is honest about what it cut, stopped or lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+from thinkloop.tools import sandbox
+from thinkloop.tools.python import Python, isolation_report
+from thinkloop.tools.sandbox import SandboxError
+from thinkloop.tools.tool import Output, Tool, ToolError, Toolset
+from thinkloop.traces.events import ThinkloopError
+
+pytestmark = [pytest.mark.anyio, pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is bubblewrap")]
+
+IGNORE_INTERRUPTS = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
+
+
+@pytest.fixture
+async def python() -> AsyncIterator[Python]:
+    async with Python(timeout=0.5) as toolset:
+        yield toolset
+
+
+async def run(toolset: Python, code: str) -> Output:
+    return await toolset.tools()[0].call({"code": code})
+
+
+async def test_the_declaration_is_the_one_models_are_trained_on() -> None:
+    toolset = Python(timeout=7)
+    (tool,) = toolset.tools()
+    assert isinstance(tool, Tool)
+    assert isinstance(toolset, Toolset)
+    assert tool.name == "python"
+    assert tool.description == (
+        "Run Python code in a sandbox; variables are kept. Shows what is printed and the last value."
+    )
+    assert tool.parameters == {
+        "type": "object",
+        "properties": {"code": {"type": "string", "description": "Python code."}},
+        "required": ["code"],
+        "additionalProperties": False,
+    }
+    assert (tool.effect, tool.budget) == ("write", 2000)
+    assert tool.deadline > 7
+
+
+@pytest.mark.parametrize(
+    ("code", "content"),
+    [
+        ("48 + 31", "79"),
+        ("print('a'); print('b')\n'c'", "a\nb\n'c'"),
+        ("print('a', end='')\n5", "a\n5"),
+        ("x = 5", "(no output)"),
+        ("None", "(no output)"),
+        ("", "(no output)"),
+        ("print()", "(no output)"),
+        ("print('héllo 世界')", "héllo 世界"),
+        ("import sys; print('out'); print('err', file=sys.stderr); print('out again')", "out\nerr\nout again"),
+        ("import subprocess; print(1); _ = subprocess.run(['echo', 'two']); print(3)", "1\ntwo\n3"),
+        ("def double(n):\n    return 2 * n\ndouble(21)", "42"),
+        ("import sys; sys.stdout.close(); sys.stderr = None; 1", "1"),
+        ("len(str(2**100000))", "30103"),
+        ("try: input()\nexcept EOFError: print('no input')", "no input"),
+    ],
+)
+async def test_a_result_is_what_was_printed_and_then_the_last_value(python: Python, code: str, content: str) -> None:
+    assert (await run(python, code)).content == content
+
+
+async def test_variables_imports_and_functions_are_kept(python: Python) -> None:
+    await run(python, "import math\nradius = 2\ndef area(r): return math.pi * r * r")
+    assert (await run(python, "round(area(radius), 3)")).content == "12.566"
+    assert (await run(python, "_ + 1")).content == "13.566"
+
+
+async def test_an_error_shows_the_cells_frames_and_no_carets(python: Python) -> None:
+    result = await run(python, "print('before')\n1/0")
+    assert not result.ok
+    assert result.content == (
+        'before\nTraceback (most recent call last):\n  File "<cell 1>", line 2, in <module>\n    1/0\n'
+        "ZeroDivisionError: division by zero"
+    )
+
+
+async def test_a_syntax_error_shows_its_line(python: Python) -> None:
+    result = await run(python, "48 m + 31 m")
+    assert not result.ok
+    assert result.content == '  File "<cell 1>", line 1\n    48 m + 31 m\nSyntaxError: invalid syntax'
+
+
+async def test_an_error_in_the_library_and_its_cause_show_only_the_cells(python: Python) -> None:
+    await run(python, "import json\ndef parse(t):\n    return json.loads(t)")
+    code = "try:\n    parse('{')\nexcept ValueError as error:\n    raise KeyError('bad') from error"
+    lines = (await run(python, code)).content.splitlines()
+    assert [line.strip() for line in lines if "File" in line] == [
+        'File "<cell 2>", line 2, in <module>',
+        'File "<cell 1>", line 3, in parse',
+        'File "<cell 2>", line 4, in <module>',
+    ]
+    assert lines[-1] == "KeyError: 'bad'"
+
+
+@pytest.mark.parametrize(
+    ("code", "last"),
+    [
+        ("raise SystemExit(2)", "SystemExit: 2"),
+        ("def f(): return f()\nf()", "RecursionError: maximum recursion depth exceeded"),
+        (
+            "'\\ud800'.encode()",
+            "UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not allowed",
+        ),
+        ("class Odd:\n    def __repr__(self): raise RuntimeError('no repr')\nOdd()", "RuntimeError: no repr"),
+        (
+            "class Odd(Exception):\n    def __str__(self): raise RuntimeError\nraise Odd",
+            "Odd: <exception str() failed>",
+        ),
+        ("a = 1\0", None),
+    ],
+)
+async def test_every_kind_of_failure_is_a_result_and_the_session_goes_on(
+    python: Python, code: str, last: str | None
+) -> None:
+    result = await run(python, "kept = 7")
+    result = await run(python, code)
+    assert not result.ok
+    if last:
+        assert result.content.splitlines()[-1].removeprefix("__main__.") == last
+    assert (await run(python, "kept")).content == "7"
+
+
+async def test_long_output_is_cut_in_the_middle_and_says_how_much(python: Python) -> None:
+    result = await run(python, "print('A' * 10_000 + 'B' * 10_000)\n'end'")
+    left_out = 20_000 + 1 + len("'end'") - 8000
+    assert f"[... {left_out} characters left out ...]" in result.content
+    assert result.content.startswith("AAA")
+    assert result.content.endswith("BBB\n'end'")
+    assert len(result.content) < 8100
+    assert result.record["left_out"] == left_out
+
+
+async def test_megabytes_of_output_are_cut_at_the_pipe_and_counted() -> None:
+    async with Python(timeout=20) as toolset:
+        result = await run(toolset, "for i in range(300_000): print(f'{i:09d}')\n'end'")
+    assert result.ok
+    assert result.content.startswith("000000000\n000000001\n")
+    assert result.content.endswith("000299999\n'end'")
+    assert abs(result.record["left_out"] + 8000 - 3_000_005) < 10
+
+
+async def test_a_long_value_and_a_long_traceback_are_cut(python: Python) -> None:
+    assert len((await run(python, "'x' * 3_000_000")).content) < 8100
+    assert len((await run(python, "raise ValueError('x' * 3_000_000)")).content) < 8100
+
+
+async def test_control_characters_reach_neither_terminal_nor_model(python: Python) -> None:
+    result = await run(python, r"print('\x1b[2J\x07red\x9b', 'a\rb\r\nc', '\0')")
+    assert result.content == "\\x1b[2J\\x07red\\x9b a\nb\nc \\x00"
+
+
+async def test_a_timeout_interrupts_and_keeps_the_variables(python: Python) -> None:
+    await run(python, "kept = 7")
+    result = await run(python, "print('working')\nwhile True: pass")
+    assert not result.ok
+    assert result.content == "working\nStopped after 0.5 s: time limit. Variables are kept."
+    assert (await run(python, "kept")).content == "7"
+
+
+async def test_what_ignores_the_interrupt_is_ended_and_the_loss_is_said(python: Python) -> None:
+    await run(python, "gone = 7")
+    result = await run(python, "print('stubborn')\n" + IGNORE_INTERRUPTS)
+    assert not result.ok
+    assert result.content == (
+        "stubborn\nStopped after 0.5 s: time limit; it did not stop when interrupted. "
+        "Variables are lost; the next call starts a fresh session."
+    )
+    assert (await run(python, "'gone' in globals()")).content == "False"
+
+
+async def test_a_process_that_exits_is_told_and_replaced(python: Python) -> None:
+    result = await run(python, "print('bye')\nimport os; os._exit(3)")
+    assert result.content == (
+        "bye\nSession ended: the Python process ended. Variables are lost; the next call starts a fresh session."
+    )
+    assert (await run(python, "1 + 1")).content == "2"
+
+
+async def test_a_loss_between_calls_is_told_by_the_next(python: Python) -> None:
+    await run(python, "import threading, os; threading.Timer(0.1, os._exit, (0,)).start()")
+    await anyio.sleep(0.3)
+    result = await run(python, "1 + 1")
+    assert result.content == "(Fresh session: the Python process ended; earlier variables are lost.)\n2"
+
+
+async def test_cancelling_a_call_interrupts_the_cell_and_keeps_the_variables() -> None:
+    async with Python(timeout=20) as toolset:
+        await run(toolset, "kept = 7")
+        started = time.perf_counter()
+        with anyio.move_on_after(0.2) as scope:
+            await run(toolset, "import time; time.sleep(15)")
+        assert scope.cancelled_caught
+        assert time.perf_counter() - started < 1.0
+        assert (await run(toolset, "kept")).content == "7"
+
+
+async def test_cancelling_a_cell_that_will_not_stop_leaves_an_honestly_fresh_session() -> None:
+    async with Python(timeout=20) as toolset:
+        await run(toolset, "gone = 7")
+        with anyio.move_on_after(0.2):
+            await run(toolset, IGNORE_INTERRUPTS)
+        result = await run(toolset, "'gone' in globals()")
+    assert result.content == "(Fresh session: it did not stop when interrupted; earlier variables are lost.)\nFalse"
+
+
+async def test_a_forked_child_does_not_answer_for_its_parent(python: Python) -> None:
+    result = await run(
+        python, "import os\npid = os.fork()\nif pid: _ = os.waitpid(pid, 0)\n'child' if pid == 0 else 'parent'"
+    )
+    assert result.content == "'parent'"
+    assert (await run(python, "'still in step'")).content == "'still in step'"
+
+
+async def test_classes_of_a_cell_can_be_pickled_and_modules_written_there_imported(python: Python) -> None:
+    await run(python, "import pickle\nclass Point: x = 3\nPath = __import__('pathlib').Path")
+    assert (await run(python, "pickle.loads(pickle.dumps(Point())).x")).content == "3"
+    assert (await run(python, "Path('own.py').write_text('answer = 42')\nimport own\nown.answer")).content == "42"
+
+
+async def test_files_are_copied_into_the_working_folder(tmp_path: Path) -> None:
+    given = tmp_path / "table one.csv"
+    given.write_text("a,b\n1,2\n")
+    tmp_path.chmod(0o700)  # the sandbox's own user could not read it
+    async with Python(files=[given]) as toolset:
+        assert (await run(toolset, "open('table one.csv').read()")).content == "'a,b\\n1,2\\n'"
+        await run(toolset, "open('table one.csv', 'w').write('changed')")
+    assert given.read_text() == "a,b\n1,2\n"
+
+
+async def test_bad_arguments_and_settings_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(ThinkloopError, match="is not a readable file"):
+        Python(files=[tmp_path / "absent.csv"])
+    with pytest.raises(ThinkloopError, match="memory_mb=1"):
+        Python(memory_mb=1)
+    with pytest.raises(ToolError, match="async with"):
+        await run(Python(), "1")
+    async with Python() as toolset:
+        with pytest.raises(ToolError, match="must be a string"):
+            await toolset.tools()[0].call({"code": 5})
+
+
+async def test_without_bubblewrap_it_refuses_and_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(SandboxError, match="apt-get install bubblewrap"):
+        await Python().__aenter__()
+    assert isolation_report()["works"] is False
+
+
+async def test_a_bubblewrap_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda *_, **__: str(broken))
+    with pytest.raises(SandboxError, match="setting up uid map: Permission denied") as caught:
+        await Python().__aenter__()
+    assert "run without the python tool" in str(caught.value).lower()
+
+
+async def test_the_doctor_reports_what_holds() -> None:
+    report = isolation_report()
+    assert report["works"], report["error"]
+    assert report["seccomp"]
+    assert report["sum_limit"] in ("watchdog", "cgroup")
+    assert report["bwrap"].endswith("bwrap")
+
+
+async def test_starting_and_calling_are_fast() -> None:
+    starts, calls = [], []
+    for _ in range(5):
+        before = time.perf_counter()
+        async with Python() as toolset:
+            starts.append(time.perf_counter() - before)
+            for _ in range(20):
+                before = time.perf_counter()
+                await run(toolset, "1 + 1")
+                calls.append(time.perf_counter() - before)
+    assert min(starts) < 0.1
+    assert sorted(calls)[len(calls) // 2] < 0.01  # 0.8 ms on an idle 2-core machine; room for a busy one
+
+
+AS_AN_ORDINARY_USER = """
+import os, anyio, json
+from thinkloop.tools.python import Python, isolation_report
+
+EIGHT_GREEDY_CHILDREN = '''
+import os, time
+for _ in range(8):
+    if os.fork() == 0:
+        held = bytearray(60 << 20)
+        time.sleep(9)
+time.sleep(4)
+'''
+
+async def main(code):
+    async with Python(memory_mb=128, timeout=5) as python:
+        print((await python.run(code)).content)
+
+anyio.run(main, "'every import is done while they can still be read'")
+if os.geteuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+anyio.run(main, "6 * 7")
+anyio.run(main, EIGHT_GREEDY_CHILDREN)
+print(json.dumps(isolation_report()))
+"""
+
+
+async def test_it_works_as_an_ordinary_user_too_with_its_memory_bounded() -> None:
+    command = [sys.executable, "-c", AS_AN_ORDINARY_USER]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd="/")
+    assert result.stdout.splitlines()[1:2] == ["42"], result.stderr
+    assert "used more than 128 MB of memory" in result.stdout
+    assert '"works": true' in result.stdout
+    assert '"uid_drop": false' in result.stdout

@@ -1,0 +1,133 @@
+"""The bound rlimits can't give: memory in sum. A watchdog always polls it, and a delegated cgroup helps."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Thread
+
+BUSY_POLL, IDLE_POLL = 0.05, 0.2  # seconds; one poll of three processes costs about 0.1 ms
+INODE_BYTES = 1200  # a tmpfs inode with its directory entry, which a tmpfs size limit doesn't count
+_PSS_SECONDS = (
+    0.5  # a tree that takes longer to add up is treated as over the limit: mappings by the ten thousand are an attack
+)
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def process_tree(root: int) -> Iterator[int]:
+    """`root` and its descendants, by the kernel's own lists; what ends meanwhile is left out."""
+    pending = [root]
+    while pending:
+        pid = pending.pop()
+        yield pid
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):
+                pending += map(int, children.read_text().split())
+
+
+def _resident(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+    return 0
+
+
+def _proportional(pid: int) -> int:
+    """Resident plus swapped bytes, shared pages divided among their sharers; else the resident size."""
+    try:
+        rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return _resident(pid)
+    return sum(int(row.split()[1]) * 1024 for row in rows if row.startswith(("Pss:", "SwapPss:")))
+
+
+def _inode_bytes(pid: int) -> int:
+    total = 0
+    for mount in ("tmp", "workspace", "dev/shm"):
+        with suppress(OSError):
+            stat = os.statvfs(f"/proc/{pid}/root/{mount}")
+            total += (stat.f_files - stat.f_ffree) * INODE_BYTES
+    return total
+
+
+def over_limit(root: int, limit: int) -> bool:
+    """Whether the tree under `root` holds more than `limit` bytes. Resident sizes first: cheap, and never too small."""
+    inodes, pids = _inode_bytes(root), list(process_tree(root))
+    if inodes + sum(map(_resident, pids)) <= limit:
+        return False
+    total, until = inodes, time.monotonic() + _PSS_SECONDS
+    for pid in pids:
+        total += _proportional(pid)
+        if total > limit or time.monotonic() > until:
+            return True
+    return False
+
+
+class Watchdog(Thread):
+    """Calls `on_excess` once when the tree under `root` holds more than `limit` bytes; polls faster while `busy`."""
+
+    def __init__(self, root: int, limit: int, on_excess: Callable[[], None]) -> None:
+        super().__init__(name="thinkloop-sandbox-watchdog", daemon=True)
+        self.busy = False
+        self._root, self._limit, self._on_excess, self._wake, self._ended = root, limit, on_excess, Event(), False
+
+    def run(self) -> None:
+        while not self._ended:
+            self._wake.clear()
+            if over_limit(self._root, self._limit):
+                self._on_excess()
+                return
+            self._wake.wait(BUSY_POLL if self.busy else IDLE_POLL)
+
+    def watch(self, busy: bool) -> None:
+        """Poll at the busy or the idle pace from now on."""
+        self.busy = busy
+        if busy:
+            self._wake.set()
+
+    def end(self) -> None:
+        self._ended = True
+        self._wake.set()
+
+
+def delegated_cgroup(
+    mounts: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> Path | None:
+    """This process's cgroup (version 2) if it was handed over with the memory and pids controllers, else `None`.
+
+    Being root isn't a delegation: a group whose manager hasn't enabled both controllers for its children is left alone.
+    """
+    try:
+        own = next(line[3:] for line in membership.read_text().splitlines() if line.startswith("0::"))
+        folder = mounts / own.lstrip("/")
+        enabled = set((folder / "cgroup.subtree_control").read_text().split())
+    except (OSError, StopIteration):
+        return None
+    return folder if {"memory", "pids"} <= enabled and os.access(folder, os.W_OK) else None
+
+
+def join_cgroup(parent: Path, pids: list[int], memory: int, processes: int) -> Path | None:
+    """A new child of `parent` holding `pids`, with `memory` bytes and `processes` at most; `None` if refused."""
+    child = parent / f"thinkloop-{secrets.token_hex(6)}"
+    try:
+        child.mkdir()
+        (child / "memory.max").write_text(str(memory))
+        (child / "pids.max").write_text(str(processes))
+        for pid in pids:
+            (child / "cgroup.procs").write_text(str(pid))
+        for name, value in (("memory.swap.max", "0"), ("memory.oom.group", "1")):
+            with suppress(OSError):  # absent where swap accounting is off
+                (child / name).write_text(value)
+    except OSError:
+        leave_cgroup(child)
+        return None
+    return child
+
+
+def leave_cgroup(child: Path) -> None:
+    """Remove an empty child group; one that still holds dying processes is left to the kernel."""
+    with suppress(OSError):
+        child.rmdir()
