@@ -31,8 +31,8 @@ TRACES = "runs"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """How a run ended. `usage` sums over all turns; `trace` is the trace's folder, None when none was written; `error` is
-    what went wrong when `reason` is `error`."""
+    """How a run ended. `usage` sums over all turns; `trace` is the trace's folder, None when none was written;
+    `error` is what went wrong when `reason` is `error`."""
 
     answer: str
     reason: EndReason
@@ -47,10 +47,10 @@ class Result:
 class Agent:
     """A model with tools and limits, ready for tasks.
 
-    `model` is `"mini"`, a checkpoint folder, the URL of an OpenAI-compatible server, or any `Model`; one that is named is
-    loaded for the first task and kept until `aclose`. `tools` are tools, toolsets, or functions decorated with `@tool`.
-    `sampling` is how a named model samples, with `seed`. `trace` is the folder for the trace of a run (one that holds none
-    yet), None for a new one under `runs/`, False for no trace.
+    `model` is `"mini"`, a checkpoint folder, the URL of an OpenAI-compatible server, or any `Model`; one that is
+    named is loaded for the first task and kept until `aclose`. `tools` are tools, toolsets, or functions decorated
+    with `@tool`. `sampling` is how a named model samples, with `seed`. `trace` is the folder for the trace of a run
+    (one that holds none yet), None for a new one under `runs/`, False for no trace.
 
     Raises `ThinkloopError` for a model, tool or option that can't be used.
     """
@@ -80,8 +80,8 @@ class Agent:
     async def run(self, task: str) -> Result:
         """Runs the task to its answer. Cancelling stops model and tools and leaves a whole trace.
 
-        Raises `ThinkloopError` when the run can't start (empty or too long a task, no model, no sandbox) or its trace can't
-        be written. A model that fails on the way gives a `Result` whose reason is `error`.
+        Raises `ThinkloopError` when the run can't start (empty or too long a task, no model, no sandbox) or its trace
+        can't be written. A model that fails on the way gives a `Result` whose reason is `error`.
         """
         return await self._run(task, _ignore)
 
@@ -198,10 +198,18 @@ async def _ready_tools(given: Sequence[Tool | Toolset], stack: AsyncExitStack) -
         if isinstance(entry, Toolset):
             await stack.enter_async_context(entry)
         for tool in entry.tools() if isinstance(entry, Toolset) else [entry]:
-            if tool.name in tools:
-                raise ThinkloopError(f"Two tools are called `{tool.name}`: rename one, the model must tell them apart.")
+            _check_usable(tool, tools)
             tools[tool.name] = tool
     return tools
+
+
+def _check_usable(tool: Tool, others: Mapping[str, Tool]) -> None:
+    from thinkloop.tools.validate import check_schema  # brings jsonschema, 60 ms: here, and not in the first step
+
+    if tool.name in others:
+        raise ThinkloopError(f"Two tools are called `{tool.name}`: rename one, the model must tell them apart.")
+    if problem := check_schema(tool.parameters):
+        raise ThinkloopError(f"The `parameters` of tool `{tool.name}` can't be used: {problem}")
 
 
 def _version() -> str:

@@ -1,8 +1,9 @@
 """How the conversation is kept inside the model's window: what it holds, what may go, and at what price.
 
 Two policies, named by the model. `hide_results` replaces the oldest tool results by a line that says what was there;
-`drop_steps` removes the oldest steps whole. Both work in blocks, so that the tokens read again are paid for rarely, and
-both are told of as a `ContextEdited` event. The results of the step under way are never touched: they haven't been read.
+`drop_steps` removes the oldest steps whole. Both work in blocks, so that the tokens read again are paid for rarely,
+and both are told of as a `ContextEdited` event. The results of the step under way are never touched: they haven't
+been read.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class StepSpan:
 class Context:
     """The conversation, its size in tokens, and the policy that keeps it inside the window. Appending is O(1).
 
-    The size is what the model last reported plus an estimate of what came after. Raises `ThinkloopError` when the task alone
-    leaves no room to work in.
+    The size is what the model last reported plus an estimate of what came after. Raises `ThinkloopError` when the
+    task alone leaves no room to work in.
     """
 
     def __init__(self, model: Model, system: str, task: str, tools: Sequence[Json]) -> None:
@@ -205,8 +206,8 @@ class Context:
         return total
 
     def _correct(self, usage: Usage) -> None:
-        # What the model reports includes what was estimated so far: the difference belongs to the newest step before this
-        # turn, or to the head when there is none.
+        # What the model reports includes what was estimated so far: the difference belongs to the newest step before
+        # this turn, or to the head when there is none.
         drift = usage.prompt_tokens - self.tokens
         if len(self._steps) > 1:
             self._steps[-2].tokens += drift

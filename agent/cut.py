@@ -14,7 +14,8 @@ not be tokenised to be thrown away."""
 
 
 def cut_text(text: str, budget: int, count: Callable[[str], int], why: str = "") -> str:
-    """`text` if it takes at most `budget` tokens, otherwise its head and tail within the budget and a note between them.
+    """`text` if it takes at most `budget` tokens, otherwise its head and tail within the budget and a note between
+    them.
 
     `count` gives a text's tokens; `why` is added to the note.
     """

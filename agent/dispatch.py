@@ -93,7 +93,8 @@ class Dispatcher:
         self.bad_turns = self.bad_turns + 1 if all(job.broken for job in jobs) else 0
 
     def cut_short(self) -> list[ToolResult]:
-        """Results, once, of the calls that were not delivered when `run` was cancelled: honest ones for those cut off."""
+        """Results, once, of the calls that were not delivered when `run` was cancelled: honest ones for those cut
+        off."""
         results = [job.result() for job in self._open]
         self._open.clear()
         return results
@@ -147,7 +148,8 @@ class Dispatcher:
 
 
 def _share(jobs: Sequence[Job]) -> None:
-    """Lets the same call made twice in a turn share one execution, unless another write in between may have changed its result."""
+    """Lets the same call made twice in a turn share one execution, unless another write in between may have changed
+    its result."""
     first: dict[str, Job] = {}
     for job in jobs:
         if job.tool is None or job.output is not None:
@@ -161,7 +163,8 @@ def _share(jobs: Sequence[Job]) -> None:
 
 
 def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Runs of jobs that may go side by side: neighbouring reads (and jobs with nothing to run); a write stands alone."""
+    """Runs of jobs that may go side by side: neighbouring reads (and jobs with nothing to run); a write stands
+    alone."""
     batch: list[Job] = []
     for job in jobs:
         if _is_write(job):
@@ -207,7 +210,8 @@ def _checked(output: object) -> Output:
 
 
 async def _run_job(job: Job) -> None:
-    assert job.tool is not None and job.call.arguments is not None
+    assert job.tool is not None
+    assert job.call.arguments is not None
     tool, job.started = job.tool, perf_counter()
     try:
         with anyio.move_on_after(tool.deadline) as scope:

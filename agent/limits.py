@@ -111,7 +111,8 @@ class Meter:
         for name, used, allowed in self._spent():
             if name not in self._warned and _near(name, used, allowed):
                 self._warned.add(name)
-                text = f"[note: {_used(name, used)} of {_amount(name, allowed)} used; come to an answer before they are gone]"
+                spent = f"{_used(name, used)} of {_amount(name, allowed)} used"
+                text = f"[note: {spent}; come to an answer before they are gone]"
                 yield LimitReached(limit=name, used=used, allowed=allowed, final=False, message=text)
 
     def _spent(self) -> Iterator[tuple[LimitName, float, float]]:

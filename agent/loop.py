@@ -1,13 +1,13 @@
 """The loop: model turn, calls, results, limits, until there is an answer.
 
-Every event goes to the journal first and to the listener after it. What the loop says to the model is in the events word for
-word: notes at the end of a `ToolResult`, the opening of the last step as the message of a final `LimitReached`, a nudge as the
-message of a recovered `Error`.
+Every event goes to the journal first and to the listener after it. What the loop says to the model is in the events
+word for word: notes at the end of a `ToolResult`, the opening of the last step as the message of a final
+`LimitReached`, a nudge as the message of a recovered `Error`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from time import perf_counter
@@ -23,7 +23,6 @@ from thinkloop.agent.repetition import REFUSE_AT, REMIND_AT, STOP_AT, refusal, r
 from thinkloop.agent.turn import TurnRecord
 from thinkloop.tools.tool import Tool
 from thinkloop.traces.events import (
-    ContextEdited,
     EndReason,
     Error,
     Event,
@@ -40,7 +39,8 @@ from thinkloop.traces.events import (
 from thinkloop.traces.format import TraceError
 
 EMPTY_TURNS = 3
-"""Turns in a row with neither answer nor call (or cut off before one was whole) after which the model is asked to answer."""
+"""Turns in a row with neither answer nor call (or cut off before one was whole) after which the model is asked to
+answer."""
 NO_ANSWER = "No answer was reached."
 UNCUT_CHARS = 1_000_000
 """Characters of a cut result that the record keeps."""
@@ -61,7 +61,8 @@ class Ending(NamedTuple):
 
 
 class Loop:
-    """One run. `context` holds the conversation with its task; `tools` maps names to tools that are ready to be called."""
+    """One run. `context` holds the conversation with its task; `tools` maps names to tools that are ready to be
+    called."""
 
     def __init__(
         self, start: RunStarted, model: Model, context: Context, tools: Mapping[str, Tool], limits: Limits,
@@ -80,8 +81,8 @@ class Loop:
         self._step_started = self._outside = 0.0
 
     async def run(self) -> RunFinished:
-        """Runs to the end. A model's `ThinkloopError` ends the run with reason `error`; any other exception and cancellation
-        go through, once the end is in the journal."""
+        """Runs to the end. A model's `ThinkloopError` ends the run with reason `error`; any other exception and
+        cancellation go through, once the end is in the journal."""
         await self._emit(self._start)
         try:
             ending = await self._steps()
@@ -135,7 +136,7 @@ class Loop:
         own = max(seconds - self._outside, 0.0)
         await self._emit(StepFinished(step=self._meter.steps, seconds=seconds, overhead_seconds=own))
 
-    # -- the model's turn ------------------------------------------------------------------------------------------------
+    # -- the model's turn ---
 
     async def _model_turn(self, *, final: bool) -> TurnRecord:
         self._turn = turn = TurnRecord()
@@ -198,7 +199,7 @@ class Loop:
         self._context.append_user("\n\n".join([text, *(warning.message for warning in warnings)]))
         await self._emit_all(warnings)
 
-    # -- calls and results -----------------------------------------------------------------------------------------------
+    # -- calls and results ---
 
     async def _dispatch(self, turn: TurnRecord) -> None:
         self._empty_turns = 0
@@ -256,7 +257,7 @@ class Loop:
             near = LimitReached(limit="repetition", used=repeats, allowed=STOP_AT, final=False, message=text)
             await self._emit(near)
 
-    # -- limits ----------------------------------------------------------------------------------------------------------
+    # -- limits ---
 
     async def _limit_reached(self) -> LimitReached | None:
         """What makes the next step the last one, if anything."""
@@ -278,7 +279,7 @@ class Loop:
     def _warnings(self) -> list[LimitReached]:
         return [] if self._meter.reached() else list(self._meter.warnings())
 
-    # -- events ----------------------------------------------------------------------------------------------------------
+    # -- events ---
 
     async def _emit(self, event: Event) -> None:
         if self._journal:
@@ -287,9 +288,7 @@ class Loop:
         await self._listener(event)
         self._outside += perf_counter() - started
 
-    async def _emit_all(
-        self, events: list[ContextEdited] | list[LimitReached] | list[ToolResult] | list[Event]
-    ) -> None:
+    async def _emit_all(self, events: Sequence[Event]) -> None:
         for event in events:
             await self._emit(event)
 

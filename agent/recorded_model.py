@@ -18,6 +18,7 @@ from thinkloop.agent.repetition import REFUSE_AT, REMIND_AT, reminder
 from thinkloop.tools.tool import Effect, Output
 from thinkloop.traces.events import (
     Content,
+    ContextEdited,
     Error,
     Event,
     Json,
@@ -58,6 +59,7 @@ class RecordedModel:
         self._start = run_start(self._reader)
         self._events = self._reader.events()
         self._turns = 0
+        self._policy = _policy(self._reader, self._start)
 
     @property
     def name(self) -> str:
@@ -69,7 +71,7 @@ class RecordedModel:
 
     @property
     def context_policy(self) -> Literal["hide_results", "drop_steps"]:
-        return "drop_steps" if self._start.model.get("context_policy") == "drop_steps" else "hide_results"
+        return self._policy
 
     def describe(self) -> Json:
         return self._start.model
@@ -100,6 +102,14 @@ class RecordedModel:
 
     async def aclose(self) -> None:
         return None
+
+
+def _policy(reader: TraceReader, start: RunStarted) -> Literal["hide_results", "drop_steps"]:
+    """The recorded model's policy: as it described itself, else as the run's first context edit shows."""
+    if "context_policy" in start.model:
+        return "drop_steps" if start.model["context_policy"] == "drop_steps" else "hide_results"
+    lenient = TraceReader(reader.folder, strict=False)
+    return next((event.policy for event in lenient.events() if isinstance(event, ContextEdited)), "hide_results")
 
 
 def run_start(reader: TraceReader) -> RunStarted:

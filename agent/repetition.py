@@ -32,8 +32,8 @@ def call_key(call: ToolCall) -> str:
 class Repetition:
     """Counts repeats over steps, remembering the last few steps only: constant time and space per step.
 
-    A repeat is counted per call (the same call in each of the last N steps, whatever stands beside it) and per cycle (whole
-    steps that equal those one, two or three before); the higher count decides.
+    A repeat is counted per call (the same call in each of the last N steps, whatever stands beside it) and per cycle
+    (whole steps that equal those one, two or three before); the higher count decides.
     """
 
     def __init__(self) -> None:
@@ -84,14 +84,14 @@ def verdict(repeats: int) -> Verdict:
 def reminder(repeats: int) -> str:
     """What is added to the result of a call that keeps coming back."""
     return (
-        f"[reminder: this call has been made {repeats} times in a row with the same arguments, and its result is the same; "
-        f"try something else, or answer with what you have]"
+        f"[reminder: this call has been made {repeats} times in a row with the same arguments; "
+        "try something else, or answer with what you have]"
     )
 
 
 def refusal(repeats: int, first_id: str) -> str:
     """What stands in place of a result that isn't fetched again."""
     return (
-        f"error: not run again: this call has been made {repeats} times in a row; its result is the one of {first_id} above. "
-        f"Repeating it changes nothing: do something else now, or answer. After {STOP_AT} times the run is ended."
+        f"error: not run again: this call has been made {repeats} times in a row; its result is the one of {first_id} "
+        f"above. Do something else now, or answer: after {STOP_AT} times the run is ended."
     )

@@ -22,8 +22,9 @@ _running: set[asyncio.Task[None]] = set()  # the event loop itself keeps only we
 class EventStream:
     """The events of one run, in order, ending with `RunFinished`.
 
-    The run starts with the first event asked for. Leaving the `async for`, cancelling the task that iterates, or `aclose` stops
-    model and tools and closes the trace; `async with` waits until that is done. Iterating raises what the run raises.
+    The run starts with the first event asked for. Leaving the `async for`, cancelling the task that iterates, or
+    `aclose` stops model and tools and closes the trace; `async with` waits until that is done. Iterating raises what
+    the run raises.
     """
 
     def __init__(self, drive: Drive) -> None:

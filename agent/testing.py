@@ -13,6 +13,7 @@ from thinkloop.agent.model import Conversation, Message, Model, Turn
 from thinkloop.traces.events import (
     Content,
     Event,
+    FinishReason,
     Json,
     Thinking,
     ThinkloopError,
@@ -39,8 +40,8 @@ class ScriptedModel:
     - `reason`: how the turn ends (`stop`, `tool_calls`, `length`); found from the rest when absent.
     - `token_ids`: the ids that the turn "sampled".
 
-    The script may be any iterable, so a test can make turns as they are asked for. Raises `ThinkloopError` for a turn with
-    unknown keys, and when a turn is asked for that the script doesn't have.
+    The script may be any iterable, so a test can make turns as they are asked for. Raises `ThinkloopError` for a turn
+    with unknown keys, and when a turn is asked for that the script doesn't have.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class ScriptedModel:
         } | entry.get("usage", {})
         self._tokens = usage["prompt_tokens"] + usage["completion_tokens"]
         yield Usage(**usage)
-        reason = entry.get("reason") or ("tool_calls" if entry.get("calls") else "stop")
+        reason: FinishReason = entry.get("reason") or ("tool_calls" if entry.get("calls") else "stop")
         yield TurnFinished(reason=reason, token_ids=list(entry.get("token_ids", ())))
 
     async def aclose(self) -> None:
@@ -123,7 +124,8 @@ class ScriptedModel:
             raise ThinkloopError(f"The script has {played} turns, and one more was asked for: add a turn that answers.")
         if unknown := entry.keys() - _KEYS:
             raise ThinkloopError(
-                f"Turn {len(self.turns) + 1} of the script has unknown keys {sorted(unknown)}; known are {sorted(_KEYS)}."
+                f"Turn {len(self.turns) + 1} of the script has unknown keys {sorted(unknown)}; "
+                f"known are {', '.join(sorted(_KEYS))}."
             )
         self.turns.append(turn)
         self.tools = list(tools)
@@ -159,7 +161,8 @@ class ScriptedModel:
 
 
 class ChaosModel:
-    """Another model whose calls are spoiled by seed: cut off, unquoted, renamed, emptied, wrapped in a list, of another type.
+    """Another model whose calls are spoiled by seed: cut off, unquoted, renamed, emptied, wrapped in a list, of
+    another type.
 
     `rate` is the share of calls that are spoiled; `spoiled` counts them. All else is the inner model's.
     """

@@ -60,9 +60,22 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
-def causal_mask(new: int, total: int, device: torch.device) -> Tensor:
-    """True where new token t (at position `total - new + t`) may look at s: bool `[new, total]`."""
-    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
+def _hide_future(scores: Tensor, new: int, tokens: int) -> Tensor:
+    """Masks, in place, what lies after each of the `new` tokens counted along dimension `tokens`; only the last `new`
+    columns can, so the prefix isn't touched."""
+    if new > 1:
+        future = torch.ones(new, new, dtype=torch.bool, device=scores.device).triu(1)
+        scores[..., -new:].masked_fill_(future.unsqueeze(1 - tokens), float("-inf"))
+    return scores
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+
+
+def _expand(latent: Tensor, weight: Tensor) -> Tensor:
+    """`latent [S, C]` through `weight [C, H, X]` -> `[H, S, X]`, as one product of width H·X rather than H narrow ones."""
+    return torch.unflatten(latent @ weight.flatten(1), 1, weight.shape[1:]).transpose(0, 1)
 
 
 def mla_expanded(q: Tensor, cache: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float) -> Tensor:
@@ -72,12 +85,11 @@ def mla_expanded(q: Tensor, cache: Tensor, w_uk: Tensor, w_uv: Tensor, scale: fl
     `w_uv [H, C, V]`. Returns `[T, H, V]`.
     """
     latent, k_pe = torch.split(cache, [w_uk.shape[2], cache.shape[1] - w_uk.shape[2]], dim=-1)
-    k_nope = torch.einsum("sc,hnc->hsn", latent, w_uk)  # [H, S, N]
+    k_nope = _expand(latent, w_uk.permute(2, 0, 1))  # [H, S, N]
     k = torch.cat([k_nope, k_pe.expand(k_nope.shape[0], -1, -1)], dim=-1)  # [H, S, N+R]
-    v = torch.einsum("sc,hcv->hsv", latent, w_uv)  # [H, S, V]
-    mask = causal_mask(q.shape[0], cache.shape[0], q.device)
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale)
-    return out[0].transpose(0, 1)
+    v = _expand(latent, w_uv.permute(1, 0, 2))  # [H, S, V]
+    scores = torch.bmm(q.transpose(0, 1) * scale, k.transpose(1, 2))  # [H, T, S]
+    return torch.bmm(_softmax(_hide_future(scores, q.shape[0], 1)), v).transpose(0, 1)
 
 
 def mla_absorbed(q: Tensor, cache: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float) -> Tensor:
@@ -85,12 +97,9 @@ def mla_absorbed(q: Tensor, cache: Tensor, w_uk: Tensor, w_uv: Tensor, scale: fl
     above."""
     n, c = w_uk.shape[1], w_uk.shape[2]
     latent_q = torch.einsum("thn,hnc->thc", q[..., :n], w_uk)  # [T, H, C]
-    scores = torch.cat([latent_q, q[..., n:]], dim=-1) @ cache.T * scale  # [T, H, S]
-    if q.shape[0] > 1:
-        mask = causal_mask(q.shape[0], cache.shape[0], q.device)
-        scores = scores.masked_fill(~mask[:, None], float("-inf"))
-    weights = scores.float().softmax(-1).to(q.dtype)
-    return torch.einsum("thc,hcv->thv", weights @ cache[:, :c], w_uv)
+    scores = (torch.cat([latent_q, q[..., n:]], dim=-1) * scale) @ cache.T  # [T, H, S]
+    mixed = _softmax(_hide_future(scores, q.shape[0], 0)) @ cache[:, :c]
+    return torch.einsum("thc,hcv->thv", mixed, w_uv)
 
 
 def route(

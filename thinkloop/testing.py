@@ -1,4 +1,5 @@
-"""Models for your own tests: `ScriptedModel` plays turns that you write down, `ChaosModel` spoils another model's calls."""
+"""Models for your own tests: `ScriptedModel` plays turns that you write down, `ChaosModel` spoils another model's
+calls."""
 
 from thinkloop.agent.testing import ChaosModel, ScriptedModel
 

@@ -1,13 +1,13 @@
-"""Tools from functions: `@tool` reads the signature and the docstring, so that what the model is told can't drift from the code.
+"""Tools from functions: `@tool` reads signature and docstring, so that what models are told can't drift from the code.
 
-    @tool
-    async def weather(city: str, days: int = 1) -> str:
-        \"\"\"The weather forecast for a city.
+@tool
+async def weather(city: str, days: int = 1) -> str:
+    \"\"\"The weather forecast for a city.
 
-        Args:
-            city: Name of the city, in English.
-            days: How many days ahead.
-        \"\"\"
+    Args:
+        city: Name of the city, in English.
+        days: How many days ahead.
+    \"\"\"
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from thinkloop.traces.events import Json
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FunctionTool:
     """A function as a `Tool`. Calling it as a function still works."""
 
@@ -87,8 +87,8 @@ def tool(
     `Args:`), the description from the docstring. `effect` is `write` for what changes something: such calls run one
     after the other. `deadline` is in seconds, `budget` in tokens, `name` replaces the function's own.
 
-    Raises `DefinitionError`, which names function and parameter and says what to do, for `*args`, `**kwargs`, parameters
-    without an annotation and types that JSON can't carry.
+    Raises `DefinitionError`, which names function and parameter and says what to do, for `*args`, `**kwargs`,
+    parameters without an annotation and types that JSON can't carry.
     """
     caller = inspect.currentframe()
     scope = dict(caller.f_back.f_locals) if caller and caller.f_back else {}
@@ -101,7 +101,7 @@ def _tool_of(
 ) -> FunctionTool:
     if not callable(function) or inspect.isclass(function):
         raise DefinitionError(f"`@tool` is for functions, not {function!r}: write a function that does it.")
-    name = name or getattr(function, "__name__", type(function).__name__)
+    name = name or str(getattr(function, "__name__", type(function).__name__))
     _check_options(name, function, effect, deadline, budget)
     description, notes = read_docstring(inspect.getdoc(function) or "")
     arguments = read_signature(function, name, notes, scope)
@@ -122,8 +122,8 @@ def _check_options(name: str, function: Any, effect: str, deadline: float, budge
 
 
 def as_output(value: Any) -> Output:
-    """A function's value as a tool's output: an `Output` and text as they are, anything else as compact JSON, and what has
-    no JSON as its `repr`."""
+    """A function's value as a tool's output: an `Output` and text as they are, anything else as compact JSON, and what
+    has no JSON as its `repr`."""
     if isinstance(value, Output):
         return value
     if isinstance(value, str):

@@ -20,8 +20,8 @@ _LIMITS = {
 
 
 def explained(errors: Sequence[Any]) -> str:
-    """One short paragraph for `jsonschema` errors: the most telling few, each with its place, what is there and what was
-    expected. At most `MAX_TEXT` characters."""
+    """One short paragraph for `jsonschema` errors: the most telling few, each with its place, what is there and what
+    was expected. At most `MAX_TEXT` characters."""
     texts = list(dict.fromkeys(_told(error) for error in sorted(errors, key=_rank)))
     more = len(texts) - MOST_SHOWN
     shown = texts[:MOST_SHOWN] + ([f"and {more} more"] if more > 0 else [])
@@ -94,7 +94,7 @@ def _unknown(where: str, error: Any) -> str:
 
 
 def _alternatives(where: str, error: Any) -> str:
-    """All that an `anyOf` would take where they are simple; else what is wrong with the alternative that came nearest."""
+    """All that an `anyOf` would take where they are simple; else what is wrong with the one that came nearest."""
     kinds = [option.get("type") if isinstance(option, dict) else None for option in error.validator_value]
     at_place = [inner for inner in error.context if not inner.relative_path and inner.validator == "type"]
     if len(at_place) == len(kinds) and all(isinstance(kind, str) for kind in kinds):

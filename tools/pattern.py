@@ -1,11 +1,11 @@
 """Regular expressions of JSON Schemas, matched in time linear in the text, whatever the expression.
 
-Python's `re` backtracks: `^(a+)+$` takes an hour over 40 characters, holds the interpreter all the while, and a schema may
-come from a stranger. Here an expression becomes a nondeterministic automaton whose states are walked side by side
-(Thompson, "Regular Expression Search Algorithm", CACM 11(6), 1968): the work is at most text x states, and bounded above.
+Python's `re` backtracks: `^(a+)+$` takes an hour over 40 characters, holds the interpreter all the while, and a schema
+may come from a stranger. Here an expression becomes a nondeterministic automaton whose states are walked side by side
+(Thompson, "Regular Expression Search Algorithm", CACM 11(6), 1968): the work is at most text x states, and bounded.
 
-The dialect is ECMA 262's as JSON Schema uses it (unanchored, `^` and `$` mean the text's ends, `\\d` and `\\w` are ASCII), with
-`\\p{L}`-style categories and look-ahead. Back-references and look-behind can't be matched so and are refused.
+The dialect is ECMA 262's as JSON Schema uses it (unanchored, `^` and `$` mean the text's ends, `\\d`, `\\w` are ASCII),
+with `\\p{L}`-style categories and look-ahead. Back-references and look-behind can't be matched so and are refused.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from functools import lru_cache
 
 MAX_PATTERN = 2000
 MAX_STATES = 5000
-MAX_STEPS = 400_000
-"""States visited in one search: 0.2 to 0.4 s of this Python."""
+MAX_STEPS = 200_000
+"""States visited in one search: 0.1 to 0.5 s of this Python."""
 
 _DEPTH = 40
 
@@ -80,37 +80,40 @@ def check(pattern: str) -> None:
 def _compiled(pattern: str) -> _Automaton:
     if len(pattern) > MAX_PATTERN:
         raise PatternError(f"it is longer than {MAX_PATTERN:,} characters")
-    node = _Parser(pattern).parse()
-    automaton = _Automaton()
-    automaton.emit(node)
-    automaton.code.append(("match", None))
-    return automaton
+    return _Automaton(_Parser(pattern).parse(), [MAX_STATES])
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    automaton: _Automaton
+    negative: bool
+
+
+_Instruction = _Char | _At | _Ahead | tuple[int, ...] | None
+"""What to read or to hold before the next instruction; a tuple goes on at each of its targets; None is a match."""
 
 
 class _Automaton:
-    """Code for a search: each instruction goes on at the next, but for `split`, which goes on at each of its targets."""
+    """The code of one expression. `room` counts down what may still be built, look-aheads and copies included."""
 
-    def __init__(self, room: list[int] | None = None) -> None:
-        self.code: list[tuple[str, object]] = []
-        self._room = room if room is not None else [MAX_STATES]
+    def __init__(self, node: _Node, room: list[int]) -> None:
+        self._code: list[_Instruction] = []
+        self._room = room
+        self._emit(node)
+        self._code.append(None)
 
-    def emit(self, node: _Node) -> None:
+    def _emit(self, node: _Node) -> None:
         self._room[0] -= 1
         if self._room[0] < 0:
             raise PatternError(f"it needs more than {MAX_STATES:,} states; repeat less")
         match node:
-            case _Char():
-                self.code.append(("char", node.test))
-            case _At():
-                self.code.append(("at", node.where))
+            case _Char() | _At():
+                self._code.append(node)
             case _Look():
-                inner = _Automaton(self._room)
-                inner.emit(node.inner)
-                inner.code.append(("match", None))
-                self.code.append(("look", (inner, node.negative)))
+                self._code.append(_Ahead(_Automaton(node.inner, self._room), node.negative))
             case _Seq():
                 for part in node.parts:
-                    self.emit(part)
+                    self._emit(part)
             case _Alt():
                 self._emit_branches(node)
             case _Repeat():
@@ -120,54 +123,56 @@ class _Automaton:
         fork = self._reserve()
         starts, leaps = [], []
         for branch in node.branches:
-            starts.append(len(self.code))
-            self.emit(branch)
+            starts.append(len(self._code))
+            self._emit(branch)
             leaps.append(self._reserve())
-        self.code[fork] = ("split", tuple(starts))
+        self._code[fork] = tuple(starts)
         for leap in leaps:
-            self.code[leap] = ("split", (len(self.code),))
+            self._code[leap] = (len(self._code),)
 
     def _emit_repeat(self, node: _Repeat) -> None:
         for _ in range(node.least):
-            self.emit(node.inner)
+            self._emit(node.inner)
         if node.most is None:
-            loop = self._reserve()
-            self.emit(node.inner)
-            self.code.append(("split", (loop,)))
-            self.code[loop] = ("split", (loop + 1, len(self.code)))
+            self._emit_loop(node.inner)
             return
         forks = []
         for _ in range(node.most - node.least):
             forks.append(self._reserve())
-            self.emit(node.inner)
+            self._emit(node.inner)
         for fork in forks:
-            self.code[fork] = ("split", (fork + 1, len(self.code)))
+            self._code[fork] = (fork + 1, len(self._code))
+
+    def _emit_loop(self, inner: _Node) -> None:
+        loop = self._reserve()
+        self._emit(inner)
+        self._code.append((loop,))
+        self._code[loop] = (loop + 1, len(self._code))
 
     def _reserve(self) -> int:
-        self.code.append(("split", ()))
-        return len(self.code) - 1
+        self._code.append(())
+        return len(self._code) - 1
 
     def search(self, text: str) -> bool:
         return self._run(text, 0, [MAX_STEPS], anchored=False)
 
     def _run(self, text: str, start: int, steps: list[int], *, anchored: bool) -> bool:
-        waiting: list[int] = []
+        waiting = [0]
         for position in range(start, len(text) + 1):
-            entry = [0] if position == start or not anchored else []
-            waiting, matched = self._closure(waiting + entry, text, position, steps)
-            if matched:
+            readers = self._readers(waiting, text, position, steps)
+            if readers is None:
                 return True
-            if position == len(text) or not (waiting or not anchored):
+            if position == len(text) or (anchored and not readers):
                 return False
             char = text[position]
-            waiting = [state + 1 for state in waiting if self.code[state][1](char)]  # type: ignore[operator]  # `char` holds a test
+            waiting = [state + 1 for state, test in readers if test(char)] + ([] if anchored else [0])
         return False
 
-    def _closure(self, states: list[int], text: str, position: int, steps: list[int]) -> tuple[list[int], bool]:
-        """The character states reachable from `states` without reading, and whether a match is among them."""
+    def _readers(self, states: list[int], text: str, position: int, steps: list[int]) -> list[tuple[int, Test]] | None:
+        """The reading instructions that `states` lead to without reading; None when they lead to a match."""
         seen: set[int] = set()
-        chars: list[int] = []
-        stack = states[::-1]
+        readers: list[tuple[int, Test]] = []
+        stack = states
         while stack:
             state = stack.pop()
             if state in seen:
@@ -176,22 +181,22 @@ class _Automaton:
             steps[0] -= 1
             if steps[0] < 0:
                 raise PatternError("it takes too much work on a text this long")
-            kind, value = self.code[state]
-            if kind == "match":
-                return chars, True
-            if kind == "char":
-                chars.append(state)
-            elif kind == "split":
-                stack += value  # type: ignore[operator]  # `split` holds its targets
-            elif self._holds(kind, value, text, position, steps):
+            instruction = self._code[state]
+            if instruction is None:
+                return None
+            if isinstance(instruction, tuple):
+                stack += instruction
+            elif isinstance(instruction, _Char):
+                readers.append((state, instruction.test))
+            elif _holds(instruction, text, position, steps):
                 stack.append(state + 1)
-        return chars, False
+        return readers
 
-    def _holds(self, kind: str, value: object, text: str, position: int, steps: list[int]) -> bool:
-        if kind == "at":
-            return _at(str(value), text, position)
-        inner, negative = value  # type: ignore[misc]  # `look` holds this pair
-        return bool(inner._run(text, position, steps, anchored=True)) != negative
+
+def _holds(instruction: _At | _Ahead, text: str, position: int, steps: list[int]) -> bool:
+    if isinstance(instruction, _At):
+        return _at(instruction.where, text, position)
+    return instruction.automaton._run(text, position, steps, anchored=True) != instruction.negative
 
 
 def _at(where: str, text: str, position: int) -> bool:

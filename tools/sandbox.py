@@ -11,15 +11,17 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from thinkloop.tools import seccomp
+from thinkloop.tools.sandbox_limits import process_tree
 from thinkloop.traces.events import ThinkloopError
 
 _MB = 1024 * 1024
@@ -270,6 +272,18 @@ def launch(bwrap: str, interpreter: Interpreter, limits: Limits, files: Sequence
         process = _popen(command, output_end, passed)
         kept.pop_all()
         return Launched(process, channel, output, info)
+
+
+def kill_starting(process: subprocess.Popen[bytes]) -> None:
+    """Kill a bubblewrap that may still be setting up, and its child, which asks to die with its parent only later.
+
+    Killing bubblewrap alone would leave the child waiting for it for ever; so stop it first: then nothing is missed.
+    """
+    with suppress(ProcessLookupError, ChildProcessError):
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        for pid in list(process_tree(process.pid)):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _popen(command: list[str], output: int, passed: list[int]) -> subprocess.Popen[bytes]:

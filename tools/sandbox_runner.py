@@ -20,8 +20,11 @@ import traceback
 import types
 from contextlib import suppress
 from io import TextIOWrapper
-from types import FrameType
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own constant, without the 3 ms that importing it takes
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
 
 TEXT_CAP = 500_000  # characters of one value or traceback; the host refuses frames larger than 8 MB
 REPLY_FD = 50  # high, so that code counting descriptors from 3 doesn't meet it, and below the limit of 64
@@ -89,7 +92,10 @@ class Cells:
     def _evaluate(self, filename: str, code: str) -> Any:
         linecache.cache[filename] = (len(code), None, code.splitlines(True), filename)
         body = ast.parse(code, filename).body
-        last = ast.Expression(body.pop().value) if body and isinstance(body[-1], ast.Expr) else None
+        last = None
+        if body and isinstance(body[-1], ast.Expr):
+            last = ast.Expression(body[-1].value)
+            del body[-1]
         exec(compile(ast.Module(body, []), filename, "exec", dont_inherit=True), self.names)
         if last is None:
             return None

@@ -29,6 +29,7 @@ from thinkloop.tools.sandbox import (
     explain_failure,
     find_bwrap,
     interpreters,
+    kill_starting,
     launch,
 )
 from thinkloop.tools.sandbox_limits import Watchdog, delegated_cgroup, join_cgroup, leave_cgroup, process_tree
@@ -331,7 +332,7 @@ class Session:
         if self._pidfds:
             self._signal(signal.SIGKILL, who=0)
         else:
-            self._process.kill()
+            kill_starting(self._process)
 
     def _signal(self, number: signal.Signals, who: int = 1) -> None:
         with suppress(ProcessLookupError, OSError):
@@ -341,7 +342,7 @@ class Session:
         try:
             self._process.wait(2.0)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            kill_starting(self._process)
             self._process.wait()
 
 

@@ -53,8 +53,8 @@ def read_signature(
     for at, (name, parameter) in enumerate(parameters.items()):
         _check_kind(tool_name, parameter)
         if name not in hints:
-            raise DefinitionError(f"`{tool_name}`: parameter `{name}` has no annotation, so the model can't be told what "
-                                  f"to pass. Annotate it, for example `{name}: str`.")  # fmt: skip
+            raise DefinitionError(f"`{tool_name}`: parameter `{name}` has no annotation, so the model can't be told "
+                                  f"what to pass. Annotate it, for example `{name}: str`.")  # fmt: skip
         fields[f"arg_{at}"] = _field(tool_name, parameter, _portable(hints[name]), notes.get(name))
     model = _model(tool_name, fields)
     positional = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY)
@@ -67,13 +67,13 @@ def _hints(function: Callable[..., Any], tool_name: str, scope: Mapping[str, Any
     try:
         return typing.get_type_hints(plain, localns=dict(scope), include_extras=True)
     except (NameError, TypeError, SyntaxError) as error:
-        raise DefinitionError(f"`{tool_name}`: an annotation can't be read ({error}). Define or import its type before the "
-                              "function.") from None  # fmt: skip
+        raise DefinitionError(f"`{tool_name}`: an annotation can't be read ({error}). Define or import its type "
+                              "before the function.") from None  # fmt: skip
 
 
 def _check_kind(tool_name: str, parameter: inspect.Parameter) -> None:
-    stars = {parameter.VAR_POSITIONAL: ("*", "list"), parameter.VAR_KEYWORD: ("**", "dict")}.get(parameter.kind)
-    if stars:
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        stars = ("*", "list") if parameter.kind is parameter.VAR_POSITIONAL else ("**", "dict")
         raise DefinitionError(f"`{tool_name}`: `{stars[0]}{parameter.name}` can't be described to a model. Name the "
                               f"parameters one by one, or take one `{stars[1]}`.")  # fmt: skip
 
@@ -106,9 +106,9 @@ def _check_type(tool_name: str, name: str, hint: Any) -> None:
     except (PydanticUserError, TypeError, RecursionError) as error:
         shown = getattr(hint, "__name__", None) or str(hint)
         why = str(error).splitlines()[0].rstrip(".")
-        raise DefinitionError(f"`{tool_name}`: parameter `{name}` has type `{shown}`, which JSON can't carry ({why}). Use "
-                              "str, int, float, bool, list, dict, Literal, Enum, a dataclass, a TypedDict or a pydantic "
-                              "model, and make the object inside the function.") from None  # fmt: skip
+        raise DefinitionError(f"`{tool_name}`: parameter `{name}` has type `{shown}`, which JSON can't carry ({why}). "
+                              "Use str, int, float, bool, list, dict, Literal, Enum, a dataclass, a TypedDict or a "
+                              "pydantic model, and make the object inside the function.") from None  # fmt: skip
 
 
 def _model(tool_name: str, fields: dict[str, Any]) -> Any:
@@ -119,7 +119,9 @@ def _model(tool_name: str, fields: dict[str, Any]) -> Any:
 
 def _schema(tool_name: str, model: Any) -> Json:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a default that has no JSON is left out of the schema; the function still has it
+        warnings.simplefilter(
+            "ignore"
+        )  # a default that has no JSON is left out of the schema; the function still has it
         schema: Json = model.model_json_schema()
     schema = _without_titles(schema)
     schema.pop("description", None)
@@ -158,7 +160,7 @@ def _portable(hint: Any) -> Any:
     if not args or get_origin(hint) is typing.Literal:
         return hint
     if get_origin(hint) is Annotated:
-        return Annotated[(_portable(args[0]), *args[1:])]  # type: ignore[return-value]  # mypy has no runtime Annotated
+        return Annotated[(_portable(args[0]), *args[1:])]
     new = tuple(_portable(arg) for arg in args)
     return hint if new == args else _rebuilt(hint, new)
 
@@ -173,15 +175,24 @@ def _rebuilt(hint: Any, args: tuple[Any, ...]) -> Any:
 
 
 def _portable_typed_dict(hint: Any) -> Any:
-    from typing_extensions import NotRequired, TypedDict
 
-    hints = {key: _portable(kind) for key, kind in typing.get_type_hints(hint, include_extras=True).items()}
-    bare = {key: _portable(get_args(kind)[0]) if get_origin(kind) in (typing.Required, typing.NotRequired) else kind
-            for key, kind in hints.items()}  # fmt: skip
-    fields = {key: kind if key in hint.__required_keys__ else NotRequired[kind] for key, kind in bare.items()}
+    from typing_extensions import TypedDict
+
+    hints = typing.get_type_hints(hint, include_extras=True)
+    fields = {key: _portable_item(key, kind, hint) for key, kind in hints.items()}
     made = TypedDict(hint.__name__, fields)  # type: ignore[misc]  # made at run time
     made.__doc__ = hint.__doc__
     return made
+
+
+def _portable_item(key: str, kind: Any, owner: Any) -> Any:
+    """One key's type. What its own annotation says wins: `__required_keys__` is wrong where annotations are text."""
+    from typing import NotRequired
+
+    marked = get_origin(kind)
+    bare = _portable(get_args(kind)[0] if marked in (typing.Required, typing.NotRequired) else kind)
+    required = marked is typing.Required or (key in owner.__required_keys__ and marked is not typing.NotRequired)
+    return bare if required else NotRequired[bare]
 
 
 def _told(error: Any) -> str:

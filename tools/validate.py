@@ -1,15 +1,16 @@
 """Whether a call's arguments fit the tool's JSON Schema, and if not, what to tell the model.
 
-Schema and arguments may both come from strangers, so nothing here can run away: sizes and depths are checked first, without
-recursion; each keyword spends from a budget of work and time; patterns are matched by an automaton (`tools.pattern`);
-`$ref` never leaves the schema. jsonschema (Draft 2020-12) does the rest; it takes 60 ms to import, so only the first
-check does.
+Schema and arguments may both come from strangers, so nothing here can run away: sizes and depths are checked first,
+without recursion; each keyword spends from a budget of work and time; patterns are matched by an automaton
+(`tools.pattern`); `$ref` never leaves the schema. jsonschema (Draft 2020-12) does the rest; it takes 60 ms to import, so only
+the first check does.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -116,19 +117,19 @@ def _compile(schema: Any) -> _Compiled:
         return _Compiled(f"{'.'.join(map(str, error.path)) or 'it'} is not valid JSON Schema: {error.message[:200]}")
     except RecursionError:
         return _Compiled("it is nested too deeply")
-    registry: Registry[Any] = Registry(retrieve=_not_fetched)  # type: ignore[call-arg]  # an attrs alias mypy doesn't see
+    registry: Registry[Any] = Registry(retrieve=_not_fetched)  # type: ignore[call-arg]  # the same
     return _Compiled("", _guarded()(own, registry=registry))
 
 
 def _not_fetched(uri: str) -> Any:
     from referencing.exceptions import NoSuchResource
 
-    raise NoSuchResource(ref=uri)
+    raise NoSuchResource(ref=uri)  # type: ignore[call-arg]  # an attrs class mypy can't see through
 
 
 def _measure(value: object, what: str, most_nodes: int, most_chars: int) -> None:
-    """Raises `_Refused` unless `value` is JSON of a bearable size. Iterative: depth can't overflow the stack, and a value
-    that contains itself is merely too deep."""
+    """Raises `_Refused` unless `value` is JSON of a bearable size. Iterative: depth can't overflow the stack, and a
+    value that contains itself is merely too deep."""
     nodes = chars = 0
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
@@ -137,7 +138,9 @@ def _measure(value: object, what: str, most_nodes: int, most_chars: int) -> None
             nodes, chars = nodes + 1, chars + _length(item, what)
             below += _children(item)
             if nodes + len(below) > most_nodes or chars > most_chars:
-                raise _Refused(f"{what} are too large to check: more than {most_nodes:,} values or {most_chars:,} characters")
+                raise _Refused(
+                    f"{what} are too large to check: more than {most_nodes:,} values or {most_chars:,} characters"
+                )
         if not below:
             return
         level = below
@@ -171,7 +174,9 @@ def _children(item: object) -> Iterable[Any]:
 
 def _check_keywords(schema: Json) -> None:
     """Raises `_Refused` for what would get around the guards: foreign dialects, references out, unusable patterns."""
-    ids, refs, names = set(), set(), set()
+    ids: set[str] = set()
+    refs: set[str] = set()
+    names: set[str] = set()
     for node, is_data in _objects(schema):
         names |= node.keys()
         if node is not schema and isinstance(node.get("$schema"), str):
@@ -182,7 +187,9 @@ def _check_keywords(schema: Json) -> None:
             _check_patterns(node)
     outside = sorted(ref for ref in refs if not ref.startswith("#") and ref.partition("#")[0] not in ids)
     if outside:
-        raise _Refused(f"it refers to {outside[0][:100]!r}, outside itself; nothing is fetched: put the definition into `$defs`")
+        raise _Refused(
+            f"it refers to {outside[0][:100]!r}, outside itself; nothing is fetched: put the definition into `$defs`"
+        )
     if {"unevaluatedProperties", "patternProperties"} <= names:
         raise _Refused("`unevaluatedProperties` together with `patternProperties` is not supported")
 
@@ -224,7 +231,9 @@ class _Budget:
     def spend(self, work: int) -> None:
         self.work -= work
         if self.work < 0 or time.monotonic() > self.until:
-            raise _Refused("the arguments take too long to check against the tool's schema; make them smaller and simpler")
+            raise _Refused(
+                "the arguments take too long to check against the tool's schema; make them smaller and simpler"
+            )
 
 
 _budget: ContextVar[_Budget] = ContextVar("budget")
@@ -244,7 +253,8 @@ def _guarded() -> Any:
         "uniqueItems": _unique_items,
     }
     keywords = {**Draft202012Validator.VALIDATORS, **own}
-    return extend(Draft202012Validator, {name: _on_budget(keyword) for name, keyword in keywords.items()})
+    guarded = {name: _on_budget(keyword) for name, keyword in keywords.items()}
+    return extend(Draft202012Validator, guarded)  # type: ignore[no-untyped-call]  # jsonschema leaves it untyped
 
 
 def _on_budget(keyword: Keyword) -> Keyword:
@@ -264,7 +274,9 @@ def _found(pattern: str, text: str) -> bool:
     try:
         return search(pattern, text)
     except PatternError as error:
-        raise _Refused(f"a text of {len(text):,} characters can't be checked against the pattern {pattern[:80]!r}: {error}") from None
+        raise _Refused(
+            f"a text of {len(text):,} characters can't be checked against the pattern {pattern[:80]!r}: {error}"
+        ) from None
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Json) -> Iterator[Any]:
@@ -299,14 +311,21 @@ def _unique_items(validator: Any, wanted: Any, instance: Any, schema: Json) -> I
         yield _error("uniqueItems")
 
 
-def _canonical(value: Any) -> str:
+def _canonical(item: Any) -> str:
+    text = _encode(item)
+    return _encode(_with_whole_numbers(item)) if _FLOAT.search(text) else text
+
+
+_encode = json.JSONEncoder(sort_keys=True).encode
+_FLOAT = re.compile(r"[0-9](?:\.0|e)")
+
+
+def _with_whole_numbers(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
-        value = int(value)
+        return int(value)
     if isinstance(value, dict):
-        return "{" + ",".join(f"{json.dumps(key)}:{_canonical(value[key])}" for key in sorted(value)) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_canonical, value)) + "]"
-    return json.dumps(value)
+        return {key: _with_whole_numbers(item) for key, item in value.items()}
+    return [_with_whole_numbers(item) for item in value] if isinstance(value, list) else value
 
 
 def _error(message: str, details: Any = ()) -> Any:
@@ -327,6 +346,8 @@ def _errors(validator: Any, arguments: object) -> list[Any]:
     except RecursionError:
         raise _Refused("the tool's schema refers to itself without end, which no call can mend") from None
     except Exception as error:  # whatever a hostile schema brings out of a library must not end a run
-        raise _Refused(f"the arguments can't be checked against the tool's schema ({type(error).__name__}: {str(error)[:200]})") from None
+        raise _Refused(
+            f"the arguments can't be checked against the tool's schema ({type(error).__name__}: {str(error)[:200]})"
+        ) from None
     finally:
         _budget.reset(token)

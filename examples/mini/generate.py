@@ -25,7 +25,6 @@ MIXES: dict[str, dict[str, int]] = {
     "dense": {"lookup": 120, "hop1": 20, "hop2": 30, "hop3": 20, "compare": 10, "arithmetic": 10, "recovery": 20, "chain": 60},
     "full": {"lookup": 20, "hop1": 25, "hop2": 30, "hop3": 45, "compare": 30, "arithmetic": 35, "recovery": 45, "chain": 90},
 }
-BARE = {"drill": 1.0, "dense": 1.0, "full": 0.25}
 PYTHON = {
     "type": "function",
     "function": {
@@ -95,13 +94,13 @@ def _sorted_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
 
 
-def pack_mix(seed: int, mix: str, tokenizer: Tokenizer, *, held_out: bool = False) -> dict[str, np.ndarray]:
+def pack_mix(seed: int, mix: str, tokenizer: Tokenizer, *, bare: float, held_out: bool = False) -> dict[str, np.ndarray]:
     """The packed episodes of one world: `ids`, `learn`, and `ends` (where each episode stops)."""
     rng = random.Random(f"{mix}/{seed}")
     world = make_world(seed, held_out=held_out)
     tools = WorldTools(world)
     renderer = Renderer(tokenizer, tools.declarations)
-    return _packed(episodes(world, tools, renderer, rng, MIXES[mix], bare=BARE[mix]))
+    return _packed(episodes(world, tools, renderer, rng, MIXES[mix], bare=bare if mix == "full" else 1.0))
 
 
 def pack_held_out(tokenizer: Tokenizer, count: int = 10) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from circuits import planted
 from generate import pack_held_out, pack_mix
 from network import Network, Shape
 from optimiser import build, set_rate
@@ -59,7 +61,7 @@ def batches(tokenizer: Tokenizer, first_world: int, share: float, rng: random.Ra
     """Endless batches of similar lengths; `share` is the progress, read anew for each world through `batches.share`."""
     world = first_world
     while True:
-        episodes = split(pack_mix(world, mix(progress.share, rng), tokenizer))
+        episodes = split(pack_mix(world, mix(progress.share, rng), tokenizer, bare=bare(progress.share)))
         rng.shuffle(episodes)
         episodes.sort(key=lambda episode: len(episode[0]) // 48)
         groups: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
@@ -84,9 +86,14 @@ def batch_tokens(share: float) -> int:
     return 4096 if share < 0.4 else BATCH_TOKENS
 
 
+def bare(share: float) -> float:
+    """Share of whole runs without the 235 tokens of a full prompt, which teach nothing new most of the time."""
+    return 0.75 if share < 0.55 else 0.2
+
+
 def mix(share: float, rng: random.Random) -> str:
     """Which mix the next world gives: drills, then dense look-ups, then whole runs."""
-    drill, dense = (0.8, 0.2) if share < 0.1 else (0.15, 0.6) if share < 0.2 else (0.03, 0.25) if share < 0.45 else (0.0, 0.0)
+    drill, dense = (0.7, 0.3) if share < 0.05 else (0.1, 0.5) if share < 0.2 else (0.03, 0.2) if share < 0.45 else (0.0, 0.0)
     draw = rng.random()
     return "drill" if draw < drill else "dense" if draw < drill + dense else "full"
 
@@ -122,7 +129,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     tokenizer = Tokenizer.load(arguments.out)
-    network = Network(Shape(tokenizer.n_vocab))
+    network = planted(Shape(tokenizer.n_vocab))
     optimisers = build(network)
     state = {"step": 0, "seconds": 0.0, "tokens": 0, "world": 0}
     file = arguments.out / "checkpoint.pt"
@@ -142,6 +149,8 @@ def train(network, optimisers, state, tokenizer, arguments, file) -> None:  # ty
     started, before = time.monotonic(), state["seconds"]
     last_print = last_save = started
     losses: list[float] = []
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     tokens_then, time_then = state["tokens"], started
     budget = arguments.minutes * 60
     progress.share = before / budget
@@ -149,7 +158,7 @@ def train(network, optimisers, state, tokenizer, arguments, file) -> None:  # ty
         now = time.monotonic()
         state |= {"seconds": before + now - started, "world": world + 1}
         progress.share = state["seconds"] / budget
-        if progress.share >= 1:
+        if progress.share >= 1 or stopped:
             break
         for moe in network.moes():
             moe.quantise = progress.share > QUANTISE_FROM
@@ -179,7 +188,7 @@ def train(network, optimisers, state, tokenizer, arguments, file) -> None:  # ty
             last_save = now
             save(network, optimisers, state, file)
     save(network, optimisers, state, file)
-    print(json.dumps({"done": True, "exact": exactness(network, held_out), **state}), flush=True)
+    print(json.dumps({"done": not stopped, "exact": exactness(network, held_out), **state}), flush=True)
 
 
 def save(network, optimisers, state, file: Path) -> None:  # type: ignore[no-untyped-def]

@@ -124,6 +124,12 @@ async def test_two_tools_of_one_name_are_refused() -> None:
 
 
 @anyio_test
+async def test_a_tool_whose_schema_is_none_is_refused_by_name() -> None:
+    with pytest.raises(ThinkloopError, match="tool `echo` can't be used"):
+        await Agent(ScriptedModel([ANSWER]), [echo(parameters={"type": "nothing"})], trace=False).run("Find out.")
+
+
+@anyio_test
 async def test_toolsets_are_open_for_the_run_and_closed_after() -> None:
     box = Box(echo())
     agent = Agent(ScriptedModel([says("echo", "a"), ANSWER] * 2), [box], trace=False)
@@ -150,7 +156,7 @@ async def test_the_system_prompt_is_ours_the_models_or_the_users() -> None:
 @anyio_test
 async def test_the_run_says_all_that_is_needed_to_do_it_again() -> None:
     agent = Agent(ScriptedModel([ANSWER]), [echo()], limits=Limits(steps=7), trace=False)
-    start = [event async for event in agent.stream("Find out.")][0]
+    start = await anext(agent.stream("Find out."))
     assert isinstance(start, RunStarted)
     assert (start.task, start.system, start.limits["steps"]) == ("Find out.", SYSTEM, 7)
     assert start.tools[0]["function"]["name"] == "echo"
@@ -299,7 +305,8 @@ def test_a_restarted_turn_begins_again() -> None:
 
 
 def test_the_agent_brings_no_torch() -> None:
-    code = "import sys, thinkloop.agent.agent, thinkloop.testing; print(sorted({'torch', 'jsonschema', 'httpx'} & set(sys.modules)))"
+    heavy = "print(sorted({'torch', 'jsonschema', 'httpx'} & set(sys.modules)))"
+    code = f"import sys, thinkloop.agent.agent, thinkloop.testing; {heavy}"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

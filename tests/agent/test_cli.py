@@ -76,7 +76,7 @@ def one_paragraph(text: str) -> bool:
     return text.startswith("Error: ") and "Traceback" not in text and "\n" not in text.strip()
 
 
-# -- run ---------------------------------------------------------------------------------------------------------------
+# -- run -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_shows_itself_and_leaves_a_trace_under_runs(opened: list[dict[str, Any]], here: Path) -> None:
@@ -146,8 +146,9 @@ def test_options_come_from_flag_then_environment_then_file(
 
 
 def test_options_reach_model_and_limits(opened: list[dict[str, Any]]) -> None:
-    result = run("--model", "http://x/v1", "--model-name", "k2", "--seed", "7", "--temperature", "0.5", "--max-thinking", "9",
-                 "--max-tokens", "5000", "--time-limit", "60", "--json")  # fmt: skip
+    server = ("--model", "http://x/v1", "--model-name", "k2")
+    limits = ("--max-thinking", "9", "--max-tokens", "5000", "--time-limit", "60")
+    result = run(*server, *limits, "--seed", "7", "--temperature", "0.5", "--json")
     start = json.loads(result.stdout.splitlines()[0])
     assert (opened[-1]["name"], opened[-1]["model_name"], opened[-1]["seed"]) == ("http://x/v1", "k2", 7)
     assert (opened[-1]["sampling"].temperature, opened[-1]["sampling"].seed) == (0.5, 7)
@@ -230,7 +231,7 @@ def test_a_failing_model_is_exit_code_1_with_its_message(monkeypatch: pytest.Mon
     assert broken.closed
 
 
-# -- interrupts ----------------------------------------------------------------------------------------------------------
+# -- interrupts ------------------------------------------------------------------------------------------------------
 
 SLOW = """
 import sys
@@ -263,7 +264,7 @@ def test_ctrl_c_stops_at_once_and_leaves_a_whole_trace(here: Path, mode: str | N
     assert end.reason == "cancelled"
 
 
-# -- replay and trace ----------------------------------------------------------------------------------------------------
+# -- replay and trace ------------------------------------------------------------------------------------------------
 
 
 def test_replay_shows_the_run_as_it_was_shown(opened: list[dict[str, Any]]) -> None:
@@ -344,7 +345,7 @@ def test_trace_ls_lists_runs_with_what_they_gave(here: Path) -> None:
         assert part in result.stdout
 
 
-# -- doctor and start-up -------------------------------------------------------------------------------------------------
+# -- doctor and start-up ---------------------------------------------------------------------------------------------
 
 
 def test_doctor_reports_each_part_and_fails_only_for_what_is_missing() -> None:

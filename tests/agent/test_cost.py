@@ -33,7 +33,7 @@ def script(steps: int) -> Iterator[dict[str, Any]]:
 
 
 def model() -> ScriptedModel:
-    return ScriptedModel(script(STEPS), window=WINDOW)
+    return ScriptedModel(script(STEPS), window=WINDOW, piece=1000)
 
 
 def agent(played: ScriptedModel, trace: Path | bool = False, steps: int = STEPS) -> Agent:
@@ -78,7 +78,8 @@ async def test_text_that_is_counted_per_step_doesnt_grow() -> None:
 
 
 async def test_memory_that_a_step_needs_doesnt_grow() -> None:
-    """A copy of the history in every step would show: at step 1,000 it has 2,000 messages, 16 KB of references alone."""
+    """A copy of the history in every step would show: at step 1,000 it has 2,000 messages, 16 KB of references
+    alone."""
     peaks = list[int]()
     tracemalloc.start()
     try:

@@ -1,6 +1,7 @@
 """The loop: thinking is kept, nothing a call does kills a run, every run ends with an answer and a reason."""
 
 import resource
+from itertools import pairwise
 from pathlib import Path
 
 import anyio
@@ -62,7 +63,7 @@ async def test_the_conversation_only_grows() -> None:
     run = await ran(script, [echo()], limits=Limits(steps=8))
     seen = run.model.conversations
     assert len(seen) == 8
-    assert all(later[: len(earlier)] == earlier for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(seen))
 
 
 BAD_CALLS = {
@@ -246,7 +247,7 @@ async def test_calls_are_in_the_trace_before_they_run(tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
     async def look(text: str) -> str:
-        events = [event for event in TraceReader.open(tmp_path / "t").events()]
+        events = list(TraceReader.open(tmp_path / "t").events())
         seen.append([event.id for event in events if isinstance(event, ToolCall)])
         return "looked"
 
@@ -259,7 +260,7 @@ async def test_calls_are_in_the_trace_before_they_run(tmp_path: Path) -> None:
 async def test_the_trace_holds_what_the_listener_saw(tmp_path: Path) -> None:
     agent = Agent(ScriptedModel([says("echo", "a"), ANSWER]), [echo()], trace=tmp_path / "t")
     heard = [event async for event in agent.stream("Find out.") if event.type != "tool_call_delta"]
-    kept = [event for event in TraceReader.open(tmp_path / "t").events()]
+    kept = list(TraceReader.open(tmp_path / "t").events())
     assert kept == heard
 
 
@@ -306,7 +307,7 @@ async def test_a_trace_that_cant_be_written_is_an_error_and_no_silent_loss(tmp_p
 
 
 def _events(folder: Path) -> list[object]:
-    return [event for event in TraceReader.open(folder).events()]
+    return list(TraceReader.open(folder).events())
 
 
 def _ended(folder: Path) -> RunFinished:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from recorded_runs import SCRIPT, Look, events_of, record, record_with
 from thinkloop.agent.model import Conversation, Turn
 from thinkloop.agent.recorded_model import Divergence, RecordedModel, RecordedTool, recorded_tools
-from thinkloop.traces.events import Content, RunFinished, ThinkloopError, ToolResult
+from thinkloop.agent.testing import ScriptedModel
+from thinkloop.traces.events import Content, ContextEdited, RunFinished, ThinkloopError, ToolResult
 from thinkloop.traces.reader import TraceReader
 
 
@@ -49,6 +51,17 @@ def test_notes_about_limits_are_not_doubled(tmp_path: Path) -> None:
     again = record_with(tmp_path / "b", RecordedModel(trace), [*recorded_tools(trace)], steps=5)
     assert events_of(again) == events_of(trace)
     assert any("[note:" in event.content for event in events_of(trace) if isinstance(event, ToolResult))
+
+
+@pytest.mark.parametrize("policy", ["hide_results", "drop_steps"])
+def test_the_context_is_edited_as_it_was(tmp_path: Path, policy: Literal["hide_results", "drop_steps"]) -> None:
+    script = [{"calls": [("look", {"word": f"w{step}"})]} for step in range(30)] + [{"content": "Done."}]
+    model = ScriptedModel(script, window=1200, context_policy=policy)
+    trace = record_with(tmp_path / "a", model, [Look()], steps=60)
+    assert policy in {event.policy for event in events_of(trace) if isinstance(event, ContextEdited)}
+    again = record_with(tmp_path / "b", RecordedModel(trace), [*recorded_tools(trace)], steps=60)
+    assert RecordedModel(trace).context_policy == policy
+    assert isinstance(events_of(again)[-1], RunFinished)
 
 
 def test_results_that_were_cut_to_the_budget_are_cut_again(tmp_path: Path) -> None:

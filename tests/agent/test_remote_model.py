@@ -197,7 +197,7 @@ def test_a_step_costs_the_same_at_any_length_of_history() -> None:
             best = min(best, time.perf_counter() - started)
         return best
 
-    assert cost(5000) < cost(50) + 0.0005  # 10,000 messages: copying the list of them takes 30 µs
+    assert cost(2000) < cost(50) + 0.0005  # 4,000 messages: copying the list of them takes 10 µs
 
 
 @pytest.mark.anyio
@@ -327,7 +327,7 @@ LEAKS = [
     pytest.param([("content", CALL.replace(Z, E))], ("", "", FOUND), id="ended by the section"),
     pytest.param([("content", CALL.replace(A, ""))], ("", "", FOUND), id="no argument marker"),
     pytest.param([("content", CALL.replace("functions.search:3", "search"))], ("", "", FOUND), id="a bare name"),
-    pytest.param([("content", CALL.replace("a<b", Z))], ("", "", [("search", f'{{"q": "{Z}"}}')]), id="a marker in a string"),
+    pytest.param([("content", CALL.replace("a<b", Z))], ("", "", [("search", f'{{"q": "{Z}"}}')]), id="in a string"),
     pytest.param([("content", "hi<|im_end|>")], ("", "hi", []), id="end of message"),
     pytest.param([("content", f"The marker {S} opens.")], ("", f"The marker {S} opens.", []), id="a quoted marker"),
     pytest.param([("content", f"Use {C} and {A} so.")], ("", f"Use {C} and {A} so.", []), id="quoted call markers"),
@@ -360,7 +360,7 @@ def test_random_markup_loses_no_word() -> None:
         random.Random(0),
         [S, E, C, A, Z, "<think>", "</think>", "functions.search:0", '{"q":1}', "w<", " ", "\n"],
     )
-    for _ in range(3000):
+    for _ in range(1000):
         soup = "".join(rng.choice([*parts, f"word{n}"]) for n in range(rng.randrange(1, 12)))
         thought, said, made = split(("content", soup), step=rng.choice([1, 5, 1000]))
         given = thought + said + "".join(name + raw for name, raw in made)
@@ -450,3 +450,11 @@ async def test_the_key_comes_from_the_environment_and_is_never_described(monkeyp
 def test_a_server_without_a_model_name_says_how_to_give_one() -> None:
     with pytest.raises(ThinkloopError, match="--model-name"):
         RemoteModel("http://h", None)
+
+
+def test_the_remote_model_loads_httpx_at_first_use_only() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, thinkloop.agent.remote_model; print({'httpx', 'torch', 'pydantic'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

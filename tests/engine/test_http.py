@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import time
 from typing import Any
 
@@ -474,11 +475,9 @@ async def test_a_server_that_is_down_is_named_with_what_to_do() -> None:
 @pytest.mark.parametrize("whole", [False, True])
 async def test_a_stream_cut_in_the_middle_says_how_far_it_got(whole: bool) -> None:
     pieces = [*sse([delta(reasoning_content="abc"), delta(content="de"), fragment(0, "a", "search", "{")], done=False)]
-    with (
-        ChatServer([Reply(pieces=pieces, cut=not whole)]) as server,
-        pytest.raises(StreamCut, match="3 characters of thinking, 2 of text and 1 calls") as caught,
-    ):
-        await events_of(server)
+    with ChatServer([Reply(pieces=pieces, cut=not whole)]) as server:
+        with pytest.raises(StreamCut, match="3 characters of thinking, 2 of text and 1 calls") as caught:
+            await events_of(server)
         assert len(server.posts) == 1
     assert (caught.value.thinking_chars, caught.value.content_chars, caught.value.calls) == (3, 2, 1)
 
@@ -562,9 +561,9 @@ async def test_a_turn_that_never_ends_is_ended() -> None:
 @pytest.mark.anyio
 async def test_the_key_does_not_follow_a_redirect_to_another_place() -> None:
     with ChatServer([turn(content="stolen")]) as thief:
-        with ChatServer([status(307, headers={"Location": thief.url + "/v1/chat/completions"})]) as server:
-            with pytest.raises(BadReply, match="another origin: the key is not sent there"):
-                await events_of(server, api_key="sk-secret")
+        moved = status(307, headers={"Location": thief.url + "/v1/chat/completions"})
+        with ChatServer([moved]) as server, pytest.raises(BadReply, match="another origin: the key is not sent there"):
+            await events_of(server, api_key="sk-secret")
         assert thief.requests == []
 
 
@@ -596,6 +595,35 @@ def test_one_client_serves_one_event_loop_after_another() -> None:
             return text([event async for event in client.stream(MESSAGES)], Content)
 
         assert [anyio.run(ask), anyio.run(ask)] == ["hi", "hi"]
+
+
+def garbage(rng: random.Random) -> bytes:
+    """A stream that was good until someone changed it."""
+    whole = turn(thinking="hm", content="yes", calls=[("search", {"q": 1})])
+    good = b"".join(piece for piece in whole.pieces if isinstance(piece, bytes))
+    values = [b"null", b"[]", b"-1", b'"x"', b"{}", b"1e999", b"\xff", b"\n\n", b"\r", b"data:", b"[DONE]", b"\\ud83d"]
+    for _ in range(rng.randrange(1, 6)):
+        at = rng.randrange(len(good))
+        good = good[:at] + rng.choice(values) + good[at + rng.randrange(8) :]
+    return good
+
+
+@pytest.mark.anyio
+async def test_garbage_gives_events_or_a_helpful_error_and_nothing_else() -> None:
+    rng = random.Random(0)
+    ends = 0
+    with ChatServer([Reply(pieces=[garbage(rng)]) for _ in range(200)]) as server:
+        client = ChatClient(server.url, "kimi", max_retries=0)
+        for _ in range(200):
+            try:
+                events = [event async for event in client.stream(MESSAGES, TOOLS)]
+            except ThinkloopError:
+                continue
+            assert [type(event) for event in events[-2:]] == [Usage, TurnFinished]
+            "".join(e.text for e in events if isinstance(e, Thinking | Content)).encode()
+            ends += 1
+        await client.aclose()
+    assert 0 < ends < 200
 
 
 # Addresses and keys

@@ -1,4 +1,4 @@
-"""A session computes each token once, samples what its seed says, and keeps its timeline true whatever cuts it short."""
+"""A session computes each token once, samples what its seed says, keeps its timeline true whatever cuts it short."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import config_json, mini_config_json, write_checkpoint
 from thinkloop.engine.engine import Engine
+from thinkloop.engine.generation import TokenStream
 from thinkloop.engine.params import Sampling
 from thinkloop.engine.sampler import SamplingError
 from thinkloop.engine.session import Session, SessionError
@@ -36,6 +37,11 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 async def take(session: Session, count: int, **options: object) -> list[int]:
     return [token async for token in session.generate(max_tokens=count, **options)]  # type: ignore[arg-type]  # passed on
+
+
+async def exhaust(stream: TokenStream) -> None:
+    async for _ in stream:
+        pass
 
 
 async def begun(engine: Engine, sampling: Sampling = GREEDY, ids: list[int] = PROMPT) -> Session:
@@ -337,8 +343,7 @@ async def test_closing_the_engine_ends_its_generations_and_refuses_more(tmp_path
     engine.close()
     engine.close()
     with pytest.raises(EngineClosed), anyio.fail_after(5):
-        while True:
-            await anext(stream)
+        await exhaust(stream)
     with pytest.raises(EngineClosed):
         engine.logits([1])
 

@@ -280,9 +280,9 @@ async def test_the_doctor_reports_what_holds() -> None:
     assert report["bwrap"].endswith("bwrap")
 
 
-async def test_starting_and_calling_are_fast() -> None:
+async def test_starting_takes_at_most_100_ms_and_a_call_2_ms() -> None:
     starts, calls = [], []
-    for _ in range(5):
+    for _ in range(20):  # the best of several: what the tool costs, not what a busy machine adds
         before = time.perf_counter()
         async with Python() as toolset:
             starts.append(time.perf_counter() - before)
@@ -290,8 +290,10 @@ async def test_starting_and_calling_are_fast() -> None:
                 before = time.perf_counter()
                 await run(toolset, "1 + 1")
                 calls.append(time.perf_counter() - before)
-    assert min(starts) < 0.1
-    assert sorted(calls)[len(calls) // 2] < 0.01  # 0.8 ms on an idle 2-core machine; room for a busy one
+        if min(starts) <= 0.1 and min(calls) <= 0.002:
+            break
+    assert min(starts) <= 0.1
+    assert min(calls) <= 0.002
 
 
 AS_AN_ORDINARY_USER = """

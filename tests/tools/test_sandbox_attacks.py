@@ -447,6 +447,15 @@ async def test_leaving_the_toolset_leaves_nothing_behind() -> None:
     assert {path.name for path in Path("/proc/self/fd").iterdir()} <= before
 
 
+async def test_a_session_ended_at_any_moment_of_its_start_leaves_nothing_behind() -> None:
+    for delay in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24):
+        session = sandbox_session.Session(sandbox_session.Interpreter("/usr/bin/python3"), sandbox_session.Limits())
+        time.sleep(delay / 1000)
+        pids = list(process_tree(session._process.pid))
+        session.end()
+        assert await gone(pids)
+
+
 async def test_many_sessions_at_once_do_not_meet() -> None:
     async def one(number: int) -> None:
         async with Python(timeout=20) as toolset:
