@@ -22,7 +22,10 @@ def search(query: str) -> str:
         query: Words to look for.
     """
     hits = [page for page in PAGES if query.lower() in page.lower()]
-    return "\n".join(f"{rank}. {page}:1: {PAGES[page][0]}" for rank, page in enumerate(hits, 1)) or f'No results for "{query}".'
+    return (
+        "\n".join(f"{rank}. {page}:1: {PAGES[page][0]}" for rank, page in enumerate(hits, 1))
+        or f'No results for "{query}".'
+    )
 
 
 @tl.tool()

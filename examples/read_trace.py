@@ -18,7 +18,9 @@ def main(folder: str) -> None:
             case tl.events.Usage():
                 usage = event
             case tl.events.StepFinished(seconds=seconds):
-                spent = f"{usage.completion_tokens:5} tokens, {usage.thinking_tokens:5} of them thinking" if usage else ""
+                spent = (
+                    f"{usage.completion_tokens:5} tokens, {usage.thinking_tokens:5} of them thinking" if usage else ""
+                )
                 print(f"step {step:3}  {seconds:6.2f} s  {spent}  {' '.join(calls) or 'answer'}")
             case tl.events.RunFinished(answer=answer, reason=reason):
                 print(f"{reason}: {answer}")

@@ -11,7 +11,9 @@ import thinkloop as tl
 
 
 def main(url: str, model: str, folder: str, task: str) -> None:
-    agent = tl.Agent(model=tl.RemoteModel(url, model), tools=[tl.Search(folder)], limits=tl.Limits(steps=300, seconds=3600))
+    agent = tl.Agent(
+        model=tl.RemoteModel(url, model), tools=[tl.Search(folder)], limits=tl.Limits(steps=300, seconds=3600)
+    )
     result = agent.run_sync(task)
     print(result.answer or result.error)
     print(f"{result.reason}, {result.steps} steps, {result.usage.completion_tokens} tokens, trace in {result.trace}")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import thinkloop
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +17,14 @@ ALLOWED = {
     "traces": {"thinkloop.traces"},
     "engine": {"thinkloop.engine", "thinkloop.kernels", "thinkloop.traces.events"},
     "tools": {"thinkloop.tools", "thinkloop.traces.events"},
-    "agent": {"thinkloop.agent", "thinkloop.kernels", "thinkloop.traces", "thinkloop.engine", "thinkloop.tools", "thinkloop"},
+    "agent": {
+        "thinkloop.agent",
+        "thinkloop.kernels",
+        "thinkloop.traces",
+        "thinkloop.engine",
+        "thinkloop.tools",
+        "thinkloop",
+    },
 }
 FILES = [(room, file) for room in ALLOWED for file in sorted((ROOT / room).glob("*.py"))]
 
@@ -40,7 +48,9 @@ def test_arrows_point_down(room: str, file: Path) -> None:
 
 
 def test_import_brings_no_torch() -> None:
-    code = "import sys, thinkloop; print(sorted(m for m in ('torch', 'httpx', 'rich', 'jsonschema') if m in sys.modules))"
+    code = (
+        "import sys, thinkloop; print(sorted(m for m in ('torch', 'httpx', 'rich', 'jsonschema') if m in sys.modules))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

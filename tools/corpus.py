@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
+from thinkloop.tools.tool import Effect, Output, Tool, ToolError
+from thinkloop.traces.events import Json, ThinkloopError
 
-from thinkloop.tools.tool import Effect, Json, Output, Tool, ToolError
-from thinkloop.traces.events import ThinkloopError
-
-SUFFIXES = frozenset({".md", ".markdown", ".txt", ".rst", ".org", ".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml", ".py"})
+SUFFIXES = frozenset(
+    {".md", ".markdown", ".txt", ".rst", ".org", ".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml", ".py"}
+)
 MAX_FILE_BYTES = 8 << 20
 MAX_LINE_CHARS = 500
 MAX_HIT_CHARS = 200
@@ -88,7 +89,9 @@ class Corpus:
         with self._lock:
             rows = self._db.execute("SELECT id, title, text FROM documents WHERE id = ?", (name,)).fetchall()
             if not rows:
-                rows = self._db.execute("SELECT id, title, text FROM documents WHERE title = ? LIMIT 2", (name,)).fetchall()
+                rows = self._db.execute(
+                    "SELECT id, title, text FROM documents WHERE title = ? LIMIT 2", (name,)
+                ).fetchall()
         return Document(rows[0][0], rows[0][1], tuple(rows[0][2].split("\n"))) if len(rows) == 1 else None
 
     def close(self) -> None:
@@ -106,14 +109,18 @@ class Corpus:
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, str, str]]:
     if not folder.is_dir():
-        raise CorpusError(f"the corpus folder `{folder}` does not exist or is not a folder; give --corpus an existing one")
+        raise CorpusError(
+            f"the corpus folder `{folder}` does not exist or is not a folder; give --corpus an existing one"
+        )
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in SUFFIXES or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
             continue
         try:
             text = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
         except OSError as error:
-            raise CorpusError(f"`{path}` can't be read ({error.strerror}); fix its permissions or move it away") from error
+            raise CorpusError(
+                f"`{path}` can't be read ({error.strerror}); fix its permissions or move it away"
+            ) from error
         if text.strip():
             yield path.relative_to(folder).as_posix(), _title(path, text), text
 

@@ -24,9 +24,15 @@ def process_tree(root: int) -> Iterator[int]:
     while pending:
         pid = pending.pop()
         yield pid
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for task in _threads(pid):
             with suppress(OSError):
-                pending += map(int, children.read_text().split())
+                pending += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+
+
+def _threads(pid: int) -> list[str]:
+    with suppress(OSError):
+        return os.listdir(f"/proc/{pid}/task")  # noqa: PTH208 - names are all that is needed, twenty times a second
+    return []
 
 
 def _resident(pid: int) -> int:
@@ -67,9 +73,9 @@ def over_limit(root: int, limit: int) -> bool:
 
 
 class Watchdog(Thread):
-    """Calls `on_excess` once when the tree under `root` holds more than `limit` bytes; polls faster while `busy`."""
+    """Calls `on_excess` with a reason, once, when the tree under `root` holds more than `limit` bytes."""
 
-    def __init__(self, root: int, limit: int, on_excess: Callable[[], None]) -> None:
+    def __init__(self, root: int, limit: int, on_excess: Callable[[str], None]) -> None:
         super().__init__(name="thinkloop-sandbox-watchdog", daemon=True)
         self.busy = False
         self._root, self._limit, self._on_excess, self._wake, self._ended = root, limit, on_excess, Event(), False
@@ -77,10 +83,17 @@ class Watchdog(Thread):
     def run(self) -> None:
         while not self._ended:
             self._wake.clear()
-            if over_limit(self._root, self._limit):
-                self._on_excess()
+            if reason := self._objection():
+                self._on_excess(reason)
                 return
             self._wake.wait(BUSY_POLL if self.busy else IDLE_POLL)
+
+    def _objection(self) -> str:
+        try:
+            over = over_limit(self._root, self._limit)
+        except Exception as error:  # unwatched is unbounded, so whatever went wrong ends the session
+            return f"its memory could not be watched ({error!r})"
+        return f"it used more than {self._limit >> 20} MB of memory" if over else ""
 
     def watch(self, busy: bool) -> None:
         """Poll at the busy or the idle pace from now on."""

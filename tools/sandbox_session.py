@@ -198,7 +198,7 @@ class Session:
             pids = list(process_tree(self._process.pid))
             self._cgroup = join_cgroup(group, pids, self.limits.total_bytes, self.limits.processes + 8)
             self.sum_limit = "cgroup" if self._cgroup else "watchdog"
-        self._watchdog = Watchdog(inside, self.limits.total_bytes, self._overrun)
+        self._watchdog = Watchdog(inside, self.limits.total_bytes, self._lose)
         self._watchdog.start()
 
     def _failure(self, error: Exception) -> SandboxError:
@@ -323,9 +323,6 @@ class Session:
         """Record the first reason and kill. Also called by the watchdog's thread, so it does nothing that blocks."""
         self._lost = self._lost or reason
         self._kill()
-
-    def _overrun(self) -> None:
-        self._lose(f"it used more than {self.limits.memory_mb} MB of memory")
 
     def _kill(self) -> None:
         """Kill pid 1 of the inside, with which everything there dies; bubblewrap itself then ends and is reaped."""

@@ -2,8 +2,8 @@
 
 Schema and arguments may both come from strangers, so nothing here can run away: sizes and depths are checked first,
 without recursion; each keyword spends from a budget of work and time; patterns are matched by an automaton
-(`tools.pattern`); `$ref` never leaves the schema. jsonschema (Draft 2020-12) does the rest; it takes 60 ms to import, so only
-the first check does.
+(`tools.pattern`); `$ref` never leaves the schema. jsonschema (Draft 2020-12) does the rest; it takes 60 ms to import,
+so only the first check does.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from functools import cache
 from itertools import islice
 from typing import Any
 
+from thinkloop.tools.expression import PatternError
 from thinkloop.tools.mismatch import explained
-from thinkloop.tools.pattern import PatternError, check, search
+from thinkloop.tools.pattern import check, search
 from thinkloop.traces.events import Json
 
 MAX_DEPTH = 64

@@ -20,7 +20,9 @@ class ThinkloopError(Exception):
 FinishReason = Literal["stop", "tool_calls", "length", "cancelled"]
 """Why a model turn ended: an answer, calls, out of room, or cut short by the caller."""
 
-EndReason = Literal["answered", "steps", "tokens", "context", "time", "cost", "repetition", "bad_calls", "cancelled", "error"]
+EndReason = Literal[
+    "answered", "steps", "tokens", "context", "time", "cost", "repetition", "bad_calls", "cancelled", "error"
+]
 """Why a run ended. Anything but `answered` names the limit that forced the last step, or what cut the run short."""
 
 

@@ -10,9 +10,8 @@ reads those. Random weights need about 3M tokens to find this by themselves. Eve
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from network import Network, Shape
+from torch import Tensor
 
 IDENTITY = slice(1, 128)
 """Residual dimensions of a token's own identity; dimension 0 is the same for every token."""

@@ -159,7 +159,9 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def episodes(world: World, tools: Tools, renderer: Renderer, rng: random.Random, counts: dict[str, int], *, bare: float):
+def episodes(
+    world: World, tools: Tools, renderer: Renderer, rng: random.Random, counts: dict[str, int], *, bare: float
+):
     """Episodes of a world, `counts` of each family (`lookup` besides the task families); chains come as windows."""
     entities = list(world.entities.values())
     for family, count in counts.items():
@@ -178,8 +180,13 @@ def episodes(world: World, tools: Tools, renderer: Renderer, rng: random.Random,
 
 def _random_facts(world: World, rng: random.Random) -> list[tuple[str, str]]:
     names = [entity.name for entity in rng.sample(list(world.entities.values()), 40)]
-    keys = rng.sample(RELATIONS, rng.randint(2, 10)) + [name for name in names[:20] if " " not in name][: rng.randint(2, 6)]
-    values = [rng.choice((names[20 + row], str(rng.randint(2, 999)), f"{rng.randint(10, 99)} m")) for row in range(len(keys))]
+    keys = (
+        rng.sample(RELATIONS, rng.randint(2, 10))
+        + [name for name in names[:20] if " " not in name][: rng.randint(2, 6)]
+    )
+    values = [
+        rng.choice((names[20 + row], str(rng.randint(2, 999)), f"{rng.randint(10, 99)} m")) for row in range(len(keys))
+    ]
     return list(zip(rng.sample(keys, len(keys)), values, strict=True))
 
 

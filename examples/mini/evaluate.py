@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
+from tasks import FAMILIES, Task, make_task
+from thinkloop.tools.validate import check_arguments
+from world import make_world
 
 import thinkloop as tl
-from thinkloop.tools.validate import check_arguments
-
-from tasks import FAMILIES, Task, make_task
-from world import make_world
 
 CHAINS = (30, 100, 300)
 EVALUATED = tuple(family for family in FAMILIES if family != "chain") + tuple(f"chain{links}" for links in CHAINS)

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from episodes import SYSTEM
 from network import Shape
+from safetensors.torch import save_file
 from thinkloop.engine.tokenizer import Tokenizer
 from thinkloop.kernels.reference import quantise_int4
+from torch import Tensor
 
 WINDOW = 1280
 """Tokens: the longest training episodes have about 1,150."""
@@ -83,7 +82,11 @@ def _expert(name: str, weight: Tensor, int4: bool) -> dict[str, Tensor]:
     if not int4:
         return {f"{name}.weight": weight.bfloat16()}
     packed, scale = quantise_int4(weight)
-    return {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale, f"{name}.weight_shape": torch.tensor(weight.shape)}
+    return {
+        f"{name}.weight_packed": packed,
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": torch.tensor(weight.shape),
+    }
 
 
 def export(run: Path, folder: Path, *, int4: bool = True) -> None:

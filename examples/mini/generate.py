@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from episodes import SYSTEM, Episode, Renderer, _json, episodes, solve_with
 from tasks import FAMILIES, make_task
 from thinkloop.engine.tokenizer import Tokenizer
@@ -22,8 +21,26 @@ from world import World, make_world
 
 MIXES: dict[str, dict[str, int]] = {
     "drill": {"drill": 250, "lookup": 60, "hop1": 10, "hop2": 10, "chain": 30},
-    "dense": {"lookup": 120, "hop1": 20, "hop2": 30, "hop3": 20, "compare": 10, "arithmetic": 10, "recovery": 20, "chain": 60},
-    "full": {"lookup": 20, "hop1": 25, "hop2": 30, "hop3": 45, "compare": 30, "arithmetic": 35, "recovery": 45, "chain": 90},
+    "dense": {
+        "lookup": 120,
+        "hop1": 20,
+        "hop2": 30,
+        "hop3": 20,
+        "compare": 10,
+        "arithmetic": 10,
+        "recovery": 20,
+        "chain": 60,
+    },
+    "full": {
+        "lookup": 20,
+        "hop1": 25,
+        "hop2": 30,
+        "hop3": 45,
+        "compare": 30,
+        "arithmetic": 35,
+        "recovery": 45,
+        "chain": 90,
+    },
 }
 PYTHON = {
     "type": "function",
@@ -83,7 +100,11 @@ def sample_texts() -> list[str]:
                 run = solve_with(tools, make_task(world, family, rng, links=3 if family == "chain" else None))
                 texts += [run.task.question, run.thinking, run.answer]
                 for step in run.steps:
-                    texts += [step.thinking, _json(step.arguments), f"## Return of functions.{step.name}:1\n{step.result}"]
+                    texts += [
+                        step.thinking,
+                        _json(step.arguments),
+                        f"## Return of functions.{step.name}:1\n{step.result}",
+                    ]
                     texts += [f"functions.{step.name}:", "assistant", "system", "user", "tool_declare", step.name]
     return texts
 
@@ -94,7 +115,9 @@ def _sorted_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
 
 
-def pack_mix(seed: int, mix: str, tokenizer: Tokenizer, *, bare: float, held_out: bool = False) -> dict[str, np.ndarray]:
+def pack_mix(
+    seed: int, mix: str, tokenizer: Tokenizer, *, bare: float, held_out: bool = False
+) -> dict[str, np.ndarray]:
     """The packed episodes of one world: `ids`, `learn`, and `ends` (where each episode stops)."""
     rng = random.Random(f"{mix}/{seed}")
     world = make_world(seed, held_out=held_out)

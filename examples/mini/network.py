@@ -53,7 +53,9 @@ def rope_table(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
     turn = dim * math.log(shape.rope_original / (2 * math.pi)) / (2 * math.log(shape.rope_theta))
     low, high = math.floor(turn), math.ceil(turn)
     ramp = ((index - low) / (high - low)).clamp(0, 1)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * (extra / shape.rope_factor * ramp + extra * (1 - ramp))
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * (
+        extra / shape.rope_factor * ramp + extra * (1 - ramp)
+    )
     return angles.cos().float(), angles.sin().float()
 
 
@@ -130,8 +132,12 @@ class Moe(nn.Module):
         self.s, inner = s, s.moe_intermediate_size
         self.gate = nn.Parameter(torch.empty(s.n_routed_experts, s.hidden_size).normal_(std=s.hidden_size**-0.5))
         self.register_buffer("e_score_correction_bias", torch.zeros(s.n_routed_experts))
-        self.gate_proj = nn.Parameter(torch.empty(s.n_routed_experts, inner, s.hidden_size).normal_(std=s.hidden_size**-0.5))
-        self.up_proj = nn.Parameter(torch.empty(s.n_routed_experts, inner, s.hidden_size).normal_(std=s.hidden_size**-0.5))
+        self.gate_proj = nn.Parameter(
+            torch.empty(s.n_routed_experts, inner, s.hidden_size).normal_(std=s.hidden_size**-0.5)
+        )
+        self.up_proj = nn.Parameter(
+            torch.empty(s.n_routed_experts, inner, s.hidden_size).normal_(std=s.hidden_size**-0.5)
+        )
         self.down_proj = nn.Parameter(torch.empty(s.n_routed_experts, s.hidden_size, inner).normal_(std=inner**-0.5))
         self.shared_experts = Mlp(s.hidden_size, inner * s.n_shared_experts)
         self.quantise = False
@@ -140,7 +146,8 @@ class Moe(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
         weights = self._route(x)  # [B, T, E]
         gate, up, down = (
-            (fake_quantise(w) if self.quantise else w).to(x.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj)
+            (fake_quantise(w) if self.quantise else w).to(x.dtype)
+            for w in (self.gate_proj, self.up_proj, self.down_proj)
         )
         inner = F.silu(F.linear(x, gate.flatten(0, 1))) * F.linear(x, up.flatten(0, 1))  # [B, T, E*I]
         inner = (inner.unflatten(-1, (weights.shape[-1], -1)) * weights[..., None].to(x.dtype)).flatten(-2)

@@ -48,7 +48,10 @@ def build(network: nn.Module) -> list[torch.optim.Optimizer]:
         else:
             small.append(parameter)
     adam = torch.optim.AdamW(
-        [{"params": tables, "lr": 0.006}, {"params": small, "lr": 0.003}], betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0
+        [{"params": tables, "lr": 0.006}, {"params": small, "lr": 0.003}],
+        betas=(0.9, 0.98),
+        eps=1e-10,
+        weight_decay=0.0,
     )
     optimisers: list[torch.optim.Optimizer] = [Muon(matrices), adam]
     for optimiser in optimisers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from world import LINKS, NUMBERS, UNITS, Entity, World
 

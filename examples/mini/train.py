@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from circuits import planted
 from generate import pack_held_out, pack_mix
 from network import Network, Shape
 from optimiser import build, set_rate
 from thinkloop.engine.tokenizer import Tokenizer
+from torch import Tensor
 
 QUANTISE_FROM = 0.7
 DECAY_FROM = 0.55
@@ -66,7 +65,9 @@ def batches(tokenizer: Tokenizer, first_world: int, share: float, rng: random.Ra
         episodes.sort(key=lambda episode: len(episode[0]) // 48)
         groups: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
         for episode in episodes:
-            if groups[-1] and (len(groups[-1]) + 1) * max(len(episode[0]), len(groups[-1][-1][0])) > batch_tokens(progress.share):
+            if groups[-1] and (len(groups[-1]) + 1) * max(len(episode[0]), len(groups[-1][-1][0])) > batch_tokens(
+                progress.share
+            ):
                 groups.append([])
             groups[-1].append(episode)
         rng.shuffle(groups)
@@ -93,7 +94,9 @@ def bare(share: float) -> float:
 
 def mix(share: float, rng: random.Random) -> str:
     """Which mix the next world gives: drills, then dense look-ups, then whole runs."""
-    drill, dense = (0.7, 0.3) if share < 0.05 else (0.1, 0.5) if share < 0.2 else (0.03, 0.2) if share < 0.45 else (0.0, 0.0)
+    drill, dense = (
+        (0.7, 0.3) if share < 0.05 else (0.1, 0.5) if share < 0.2 else (0.03, 0.2) if share < 0.45 else (0.0, 0.0)
+    )
     draw = rng.random()
     return "drill" if draw < drill else "dense" if draw < drill + dense else "full"
 
@@ -114,7 +117,10 @@ def exactness(network: Network, held_out: dict[str, list[tuple[np.ndarray, np.nd
             with torch.autocast("cpu", torch.bfloat16):
                 logits = network(batch.ids, batch.pick)
             right.append(logits.argmax(-1) == batch.target)
-        result[family] = [round(sum(bool(r.all()) for r in right) / len(right), 3), round(torch.cat(right).float().mean().item(), 4)]
+        result[family] = [
+            round(sum(bool(r.all()) for r in right) / len(right), 3),
+            round(torch.cat(right).float().mean().item(), 4),
+        ]
     network.train()
     return result
 
@@ -181,7 +187,11 @@ def train(network, optimisers, state, tokenizer, arguments, file) -> None:  # ty
             tokens_then, time_then, last_print = state["tokens"], now, now
             mean = sum(losses) / len(losses)
             losses.clear()
-            line = {"min": round(state["seconds"] / 60, 1), "step": state["step"], "Mtok": round(state["tokens"] / 1e6, 2)}
+            line = {
+                "min": round(state["seconds"] / 60, 1),
+                "step": state["step"],
+                "Mtok": round(state["tokens"] / 1e6, 2),
+            }
             line |= {"tok/s": round(speed), "loss": round(mean, 4), "exact": exactness(network, held_out)}
             print(json.dumps(line), flush=True)
         if now - last_save > 240:

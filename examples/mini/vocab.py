@@ -10,10 +10,10 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import regex
-
 from names import ONSETS, SYLLABLES, VOWELS
 from thinkloop.engine.tokenizer import DEFAULT_SPECIALS, PATTERN
 from world import RELATIONS
@@ -53,7 +53,11 @@ def _pieces(texts: Iterable[str]) -> Counter[str]:
     split = regex.compile(PATTERN, regex.V1)
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(piece for piece in split.findall(text) if not NAME.fullmatch(piece) and not piece.isdigit() and not piece.endswith("'s"))
+        counts.update(
+            piece
+            for piece in split.findall(text)
+            if not NAME.fullmatch(piece) and not piece.isdigit() and not piece.endswith("'s")
+        )
     return counts
 
 
@@ -61,7 +65,7 @@ def _make_reachable(word: str, tokens: dict[bytes, int]) -> None:
     """Add the merges that lead greedy byte-pair encoding to `word` as one token, also before a suffix such as 's."""
     parts = [word[i : i + 1].encode() for i in range(len(word))]
     while len(parts) > 1:
-        ranked = [(tokens[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in tokens]
+        ranked = [(tokens[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in tokens]
         if not ranked:
             tokens[parts[0] + parts[1]] = len(tokens)
             ranked = [(0, 0)]

@@ -28,10 +28,22 @@ NUMBERS: dict[str, dict[str, tuple[int, int]]] = {
 RELATIONS = sorted({key for table in (LINKS, NUMBERS) for keys in table.values() for key in keys})
 UNITS = {"length": " m", "height": " m"}
 INTROS = {
-    "ship": ("A ship of the {} islands.", "A trading ship of the {} islands.", "One of the old ships of the {} islands."),
+    "ship": (
+        "A ship of the {} islands.",
+        "A trading ship of the {} islands.",
+        "One of the old ships of the {} islands.",
+    ),
     "island": ("An island of the {} group.", "A small island of the {} group.", "A green island in the {} group."),
-    "person": ("A person of the {} islands.", "Known all over the {} islands.", "A well known person of the {} islands."),
-    "light": ("A light on the coast of the {} islands.", "A white tower on the {} coast.", "An old light of the {} islands."),
+    "person": (
+        "A person of the {} islands.",
+        "Known all over the {} islands.",
+        "A well known person of the {} islands.",
+    ),
+    "light": (
+        "A light on the coast of the {} islands.",
+        "A white tower on the {} coast.",
+        "An old light of the {} islands.",
+    ),
 }
 PROSE = (
     "Old sailors tell of a storm near {}.",

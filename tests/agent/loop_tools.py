@@ -52,7 +52,7 @@ async def _sleep(text: str) -> str:
 
 
 def echo(**changes: Any) -> SmallTool:
-    return SmallTool("echo", _echo, **changes)
+    return SmallTool(**{"name": "echo", "do": _echo} | changes)
 
 
 def sleep(**changes: Any) -> SmallTool:

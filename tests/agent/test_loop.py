@@ -8,11 +8,14 @@ import anyio
 import pytest
 from loop_tools import ANSWER, SmallTool, echo, ran, says, sleep
 from thinkloop.agent.agent import Agent
+from thinkloop.agent.context import Context
 from thinkloop.agent.limits import Limits
+from thinkloop.agent.loop import Loop
 from thinkloop.agent.testing import ChaosModel, ScriptedModel
 from thinkloop.tools.tool import Output, ToolError
 from thinkloop.traces.events import (
     Error,
+    Event,
     LimitReached,
     RunFinished,
     RunStarted,
@@ -255,6 +258,30 @@ async def test_calls_are_in_the_trace_before_they_run(tmp_path: Path) -> None:
     agent = Agent(ScriptedModel([says("look", "a"), says("change", "b"), ANSWER]), tools, trace=tmp_path / "t")
     await agent.run("Find out.")
     assert seen == [["functions.look:0"], ["functions.look:0", "functions.change:1"]]
+
+
+async def test_calls_are_flushed_before_they_run_and_writes_to_the_disk_itself() -> None:
+    log: list[str] = []
+
+    class Noting:
+        def write(self, event: Event) -> None:
+            log.extend([event.id] if isinstance(event, ToolCall) else [])
+
+        def flush(self, *, durable: bool = True) -> None:
+            log.append("on disk" if durable else "out of the process")
+
+    async def ignore(event: Event) -> None:
+        pass
+
+    tools = {"look": echo(name="look", log=log), "change": echo(name="change", log=log, effect="write")}
+    model = ScriptedModel([says("look", "a"), says("change", "b"), ANSWER])
+    start = RunStarted(run_id="", task="", system="", model={}, tools=[], limits={}, sampling={}, version="")
+    context = Context(model, "system", "task", [])
+    await Loop(start, model, context, tools, Limits(), listener=ignore, journal=Noting()).run()
+    assert log == [
+        *("functions.look:0", "out of the process", "a begins", "a ends"),
+        *("functions.change:1", "on disk", "b begins", "b ends"),
+    ]
 
 
 async def test_the_trace_holds_what_the_listener_saw(tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ async def test_a_slow_sync_function_blocks_nobody_and_can_be_left() -> None:
     with anyio.move_on_after(0.1) as scope:
         await slow.call({})
     assert scope.cancelled_caught
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3
     done.set()
 
 

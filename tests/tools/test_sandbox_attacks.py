@@ -15,7 +15,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from thinkloop.tools import sandbox_session, seccomp
+from thinkloop.tools import sandbox_limits, sandbox_session, seccomp
 from thinkloop.tools.python import Python
 from thinkloop.tools.sandbox import fresh_uid
 from thinkloop.tools.sandbox_limits import delegated_cgroup, join_cgroup, process_tree
@@ -131,7 +131,7 @@ for _ in range(10):
 time.sleep(30)
 """
     started, old = time.perf_counter(), inside(python)
-    assert "it used more than 256 MB of memory" in await run(python, code)
+    assert "it used more than 320 MB of memory" in await run(python, code)
     assert time.perf_counter() - started < 5
     assert await gone(old)
 
@@ -145,7 +145,7 @@ for _ in range(10):
 """
     await run(python, code)
     await anyio.sleep(1.5)
-    assert "it used more than 256 MB of memory" in await run(python, "1")
+    assert "it used more than 320 MB of memory" in await run(python, "1")
 
 
 async def test_shared_memory_that_no_process_counts_is_refused(python: Python) -> None:
@@ -188,7 +188,7 @@ async def test_everything_else_is_read_only(python: Python, path: str) -> None:
 async def test_a_bomb_of_empty_files_is_ended() -> None:
     async with Python(timeout=20, memory_mb=64) as toolset:
         code = "import os\nfor i in range(400_000): os.close(os.open(f'/tmp/{i}', os.O_CREAT))"
-        assert "it used more than 64 MB of memory" in await run(toolset, code)
+        assert "it used more than 128 MB of memory" in await run(toolset, code)
 
 
 async def test_no_core_is_dumped_and_limits_cannot_be_raised(python: Python) -> None:
@@ -500,6 +500,25 @@ async def test_a_worker_that_dies_while_starting_is_an_error_not_a_hang(monkeypa
     )
     with pytest.raises(sandbox_session.SandboxError, match="absent-python"):
         await Python().__aenter__()
+
+
+def test_a_process_tree_that_vanishes_while_it_is_read_is_no_error() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert list(process_tree(process.pid)) == [process.pid]
+    assert sandbox_limits.over_limit(process.pid, 1) is False
+
+
+def test_a_watchdog_that_cannot_watch_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(root: int, limit: int) -> bool:
+        raise RuntimeError("no /proc")
+
+    monkeypatch.setattr(sandbox_limits, "over_limit", fail)
+    reasons: list[str] = []
+    watchdog = sandbox_limits.Watchdog(1, 1, reasons.append)
+    watchdog.start()
+    watchdog.join(5)
+    assert reasons == ["its memory could not be watched (RuntimeError('no /proc'))"]
 
 
 def test_a_cgroup_is_used_only_where_it_was_delegated(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 import pytest
-from thinkloop.tools.pattern import PatternError, search
-from thinkloop.tools.validate import check_arguments, check_schema
+from thinkloop.tools.expression import PatternError
+from thinkloop.tools.pattern import search
+from thinkloop.tools.validate import _compiled, check_arguments, check_schema
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -150,18 +151,14 @@ def test_a_schema_from_an_older_draft_is_read() -> None:
 
 def test_a_schema_is_compiled_once() -> None:
     schema = value_schema(type="integer")
-    check_arguments(schema, {"v": 1})
-    started = time.perf_counter()
-    for _ in range(50):
-        check_arguments(schema, {"v": 1})
-        check_arguments(dict(schema), {"v": 1})
-    assert (time.perf_counter() - started) / 100 < 0.002  # 60 µs and 80 µs; compiling takes milliseconds
+    assert _compiled(schema) is _compiled(schema) is _compiled(value_schema(type="integer"))
+    assert _compiled(schema) is not _compiled(value_schema(type="string"))
 
 
 # Hostile schemas and values
 
-LIMIT = 3.0
-"""Seconds that nothing here may exceed: the guards stop at about one."""
+LIMIT = 10.0
+"""Seconds that nothing here may exceed, on a busy machine too: the guards stop at about one, unguarded it is hours."""
 
 
 def timed(schema: Any, arguments: Any) -> str | None:
