@@ -12,7 +12,7 @@ import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Literal
 
 from thinkloop.agent.cut import cut_text
@@ -141,7 +141,7 @@ class Context:
         candidates = [step for step in read if _hideable(step)]
         if not candidates:
             return []
-        before, kept = self.tokens, self._tokens_before(candidates[0])
+        before, kept = self.tokens, self._tokens_before_results(candidates[0])
         messages, starts = list(self.conversation.messages), self._starts()
         hidden: list[StepSpan] = []
         while candidates and self.tokens + extra > int(HIDE_AIM * self.window):
@@ -197,13 +197,10 @@ class Context:
             at += step.messages
         return starts
 
-    def _tokens_before(self, step: StepSpan) -> int:
-        total = self._head_tokens
-        for other in self._steps:
-            if other is step:
-                break
-            total += other.tokens
-        return total
+    def _tokens_before_results(self, step: StepSpan) -> int:
+        earlier = takewhile(lambda other: other is not step, self._steps)
+        own = step.tokens - sum(result.tokens for result in step.results)
+        return self._head_tokens + sum(other.tokens for other in earlier) + own
 
     def _correct(self, usage: Usage) -> None:
         # What the model reports includes what was estimated so far: the difference belongs to the newest step before

@@ -12,6 +12,7 @@ from typing import Literal
 
 from thinkloop.agent.markers import MarkerSplitter, Piece
 from thinkloop.agent.model import Conversation, Turn
+from thinkloop.agent.turn import RESTARTED
 from thinkloop.agent.wire import WireHistory, wire_name
 from thinkloop.engine.call_form import call_id
 from thinkloop.engine.http import Backoff, ChatClient
@@ -30,9 +31,6 @@ from thinkloop.traces.events import (
     TurnFinished,
     Usage,
 )
-
-RESTARTED = "turn restarted"
-"""`where` of the `Error` event that says: what this turn has given so far is void, it begins again."""
 
 _DEFAULT_KEY, _OTHER_KEY = "THINKLOOP_API_KEY", "OPENAI_API_KEY"
 

@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rate", type=float, default=0.5, help="factor on the base learning rates")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def train(network, optimisers, state, tokenizer, arguments, file) -> None:  # ty
             break
         for moe in network.moes():
             moe.quantise = progress.share > QUANTISE_FROM
-        set_rate(optimisers, rate(progress.share, state["step"]))
+        set_rate(optimisers, arguments.rate * rate(progress.share, state["step"]))
         with torch.autocast("cpu", torch.bfloat16):
             logits = network(batch.ids, batch.pick)
         loss = F.cross_entropy(logits.float(), batch.target)

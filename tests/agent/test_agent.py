@@ -10,7 +10,6 @@ from typing import Any
 import anyio
 import pytest
 from loop_tools import ANSWER, SmallTool, echo, says, sleep
-from thinkloop.agent import remote_model, turn
 from thinkloop.agent.agent import SYSTEM, Agent
 from thinkloop.agent.limits import Limits
 from thinkloop.agent.testing import ChaosModel, ScriptedModel
@@ -297,11 +296,6 @@ def test_chaos_is_the_same_for_the_same_seed() -> None:
 
     assert results(1) == results(1)
     assert results(1) != results(2)
-
-
-def test_a_restarted_turn_begins_again() -> None:
-    """What a model calls a restart is what the loop takes for one."""
-    assert turn.RESTARTED == remote_model.RESTARTED
 
 
 def test_the_agent_brings_no_torch() -> None:

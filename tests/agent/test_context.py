@@ -1,6 +1,7 @@
 """The conversation stays inside the window, by explicit and priced edits, and room is kept for the answer."""
 
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -134,6 +135,44 @@ async def test_steps_report_the_size_of_the_context() -> None:
     run = await ran([says("echo", "a") | {"usage": {"prompt_tokens": 500, "completion_tokens": 50}}, ANSWER], [echo()])
     second = run.of(StepStarted)[1]
     assert 550 < second.context_tokens < 570
+
+
+def counted(policy: str, prompt_tokens: Sequence[int]) -> Context:
+    """A context after one step per prompt: 100 tokens written by the model, a result of 308."""
+    context = Context(ScriptedModel([], window=WINDOW, context_policy=policy), "system", "task", [])
+    for number, prompt in enumerate(prompt_tokens, 1):
+        context.begin_step(number)
+        usage = Usage(prompt_tokens=prompt, completion_tokens=100)
+        context.append_turn({"role": "assistant", "reasoning_content": "t", "content": ""}, usage)
+        assert context.tokens == prompt + 100
+        context.append_result(f"functions.page:{number}", "page", "word" * 300)
+        assert context.tokens == prompt + 408
+    return context
+
+
+PROMPTS = [50 + 410 * n for n in range(7)]
+"""What the model reports: two tokens a step more than was estimated, and 50 at first."""
+
+
+def test_what_the_model_reports_corrects_the_price_of_a_hidden_result() -> None:
+    context = counted("hide_results", PROMPTS)
+    (edit,) = context.make_room(500)
+    hidden = edit.last_step - edit.first_step + 1
+    stub = 8 + -(-len("[hidden: result of functions.page:1, 308 tokens; call it again if it is needed]") // 4)
+    assert edit.tokens_before == PROMPTS[-1] + 408
+    assert edit.tokens_after == edit.tokens_before - hidden * (308 - stub)
+    # The two tokens that the estimate of a result lacked count with the words before it.
+    assert edit.recomputed_tokens == edit.tokens_after - (50 + 100 + 2)
+
+
+def test_what_the_model_reports_corrects_the_price_of_a_dropped_step() -> None:
+    context = counted("drop_steps", PROMPTS)
+    (edit,) = context.make_room(900)
+    dropped = edit.last_step - edit.first_step + 1
+    assert edit.first_step == 1
+    assert edit.tokens_after == edit.tokens_before - dropped * 410
+    assert edit.recomputed_tokens == edit.tokens_after - 50
+    assert context.tokens <= int(0.6 * WINDOW) - 900 + 410
 
 
 def test_an_edit_raises_the_epoch_and_keeps_the_old_list_as_it_was() -> None:

@@ -1,8 +1,10 @@
 """The loop: thinking is kept, nothing a call does kills a run, every run ends with an answer and a reason."""
 
 import resource
+from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -12,8 +14,10 @@ from thinkloop.agent.context import Context
 from thinkloop.agent.limits import Limits
 from thinkloop.agent.loop import Loop
 from thinkloop.agent.testing import ChaosModel, ScriptedModel
+from thinkloop.agent.turn import RESTARTED
 from thinkloop.tools.tool import Output, ToolError
 from thinkloop.traces.events import (
+    Content,
     Error,
     Event,
     LimitReached,
@@ -21,6 +25,7 @@ from thinkloop.traces.events import (
     RunStarted,
     StepFinished,
     StepStarted,
+    Thinking,
     ThinkloopError,
     ToolCall,
     ToolResult,
@@ -202,6 +207,22 @@ async def test_a_model_error_is_in_the_result() -> None:
 async def test_a_call_written_before_the_model_broke_off_gets_an_honest_result() -> None:
     run = await ran([says("echo", "a") | {"error": "gone"}], [echo()])
     assert run.results == ["error: not run: the model's turn broke off"]
+
+
+async def test_a_turn_that_its_model_begins_again_counts_once() -> None:
+    class Restarting(ScriptedModel):
+        async def stream(self, *given: Any) -> AsyncIterator[Event]:
+            yield Thinking(text="lost")
+            yield Content(text="lost")
+            yield ToolCall(id="functions.echo:0", name="echo", arguments={"text": "lost"}, raw="")
+            yield Error(where=RESTARTED, message="the server cut the stream", recovered=True)
+            async for event in super().stream(*given):
+                yield event
+
+    run = await ran(Restarting([says("echo", "a"), ANSWER]), [echo()])
+    assert run.results == ["you said a"]
+    assert run.model.conversations[-1][2]["reasoning_content"] == "I call echo."
+    assert run.end.answer == "The answer."
 
 
 async def test_a_bug_in_a_model_is_recorded_and_not_hidden(tmp_path: Path) -> None:

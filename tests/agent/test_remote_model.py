@@ -10,7 +10,8 @@ import pytest
 from chat_server import ChatServer, Reply, call, delta, sse, status, stream, turn
 from thinkloop.agent.markers import MarkerSplitter
 from thinkloop.agent.model import Conversation, Model, Turn
-from thinkloop.agent.remote_model import RESTARTED, Prices, RemoteModel
+from thinkloop.agent.remote_model import Prices, RemoteModel
+from thinkloop.agent.turn import RESTARTED
 from thinkloop.agent.wire import NO_RESULT, WireHistory, wire_name
 from thinkloop.engine.http import Backoff
 from thinkloop.engine.params import Sampling

@@ -92,6 +92,11 @@ async def test_another_call_starts_the_count_again() -> None:
     assert run.results == ["you said a", "you said a", "you said b", "you said a", "you said a"]
 
 
+async def test_an_empty_turn_in_between_breaks_the_row() -> None:
+    run = await ran([says("echo", "a"), {"thinking": "Hm."}] * 2 + [says("echo", "a"), ANSWER], [echo()])
+    assert run.results == ["you said a"] * 3
+
+
 async def test_many_different_calls_of_one_tool_are_no_repetition() -> None:
     run = await ran([says("echo", str(n)) for n in range(50)] + [ANSWER], [echo()])
     assert run.end.reason == "answered"

@@ -79,8 +79,8 @@ def test_a_folder_without_text_says_what_to_do(tmp_path: Path) -> None:
         Corpus(tmp_path)
     with pytest.raises(CorpusError, match="does not exist"):
         Corpus(tmp_path / "nowhere")
+    (tmp_path / "file.md").write_text("x")
     with pytest.raises(CorpusError, match="does not exist"):
-        (tmp_path / "file.md").write_text("x")
         Corpus(tmp_path / "file.md")
 
 
