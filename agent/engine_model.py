@@ -217,13 +217,14 @@ class EngineModel:
         """Arguments for `Session.generate`."""
         room = self._engine.config.max_position_embeddings - start
         wanted = turn.max_tokens if turn.max_tokens is not None else max(self.window - start, 1)
-        banned = _present(self._tokenizer, CALL_MARKERS) if turn.tool_choice == "none" else ()
+        calls = _present(self._tokenizer, CALL_MARKERS)
         return {
             "max_tokens": min(wanted, room),
             "stop_ids": self._stop_ids,
             "think_end_id": self._tokenizer.think_end,
             "max_thinking": turn.max_thinking if self._tokenizer.think_end is not None else None,
-            "banned_ids": banned,
+            "call_ids": calls,
+            "banned_ids": calls if turn.tool_choice == "none" else (),
         }
 
     def _dialogue(self, conversation: Conversation) -> _Dialogue:

@@ -27,6 +27,8 @@ class Stops:
     stop_ids: frozenset[int]
     think_end_id: int | None = None
     max_thinking: int | None = None
+    call_ids: frozenset[int] = frozenset()
+    """These end thinking too: a call opened inside it."""
 
 
 class Generation:
@@ -83,7 +85,7 @@ class Generation:
             self._sampler.record(s.think_end_id)
             return s.think_end_id
         token = self._sampler.choose(logits, position)
-        if token == s.think_end_id:
+        if token == s.think_end_id or token in s.call_ids:
             self._thinking = False
         return token
 

@@ -12,6 +12,7 @@ from thinkloop.traces.events import ThinkloopError
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+_NUCLEI = (32, 512)
 
 
 class SamplingError(ThinkloopError):
@@ -113,15 +114,27 @@ class Sampler:
     def _draw_sorted(self, scaled: Tensor, u: float) -> int:
         """Filters in Hugging Face's order: top-k, top-p of what is left, min-p of what is left."""
         s = self.sampling
-        kept = min(s.top_k or scaled.shape[0], scaled.shape[0])
-        values, ids = scaled.topk(kept) if kept < scaled.shape[0] else scaled.sort(descending=True)
-        probabilities = values.softmax(-1)
+        probabilities, ids = self._best(scaled)
         if s.top_p < 1:
             before = probabilities.cumsum(-1) - probabilities
             probabilities[before >= s.top_p] = 0
         if s.min_p:
             probabilities[probabilities < s.min_p * probabilities[0]] = 0
         return int(ids[_at(probabilities, u)])
+
+    def _best(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens, best first, and their probabilities: `top_k`, or as many as `top_p` needs."""
+        s, vocabulary = self.sampling, scaled.shape[0]
+        if 0 < s.top_k < vocabulary:
+            values, ids = scaled.topk(s.top_k)
+            return values.softmax(-1), ids
+        probabilities = scaled.softmax(-1)
+        for count in _NUCLEI:  # a whole sort of 3,000 takes 400 µs, these two steps 20 and 60
+            if count < vocabulary:
+                values, ids = probabilities.topk(count)
+                if float(values.sum()) > s.top_p:
+                    return values, ids
+        return probabilities.sort(descending=True)
 
 
 def _at(probabilities: Tensor, u: float) -> int:

@@ -114,14 +114,16 @@ class Session:
 
     def generate(
         self, *, max_tokens: int | None = None, stop_ids: Collection[int] = (), sampling: Sampling | None = None,
-        think_end_id: int | None = None, max_thinking: int | None = None, banned_ids: Collection[int] = (),
+        think_end_id: int | None = None, max_thinking: int | None = None, call_ids: Collection[int] = (),
+        banned_ids: Collection[int] = (),
     ) -> TokenStream:  # fmt: skip
         """Samples token ids, each of them part of the timeline once it is read, a stop id included.
 
         Ends at a stop id (`finish_reason` "stop"), after `max_tokens` or with the window full ("length"). After
-        `max_thinking` tokens without `think_end_id`, that very token comes next. `banned_ids` are never chosen. Closing
-        the iterator or cancelling its task at any token leaves the timeline at what was read. Raises `SessionError` on
-        an empty timeline and `SamplingError` on bad parameters.
+        `max_thinking` tokens without `think_end_id`, that very token comes next, unless one of `call_ids` (a model may
+        open a call without closing its thinking) has come before. `banned_ids` are never chosen. Closing the iterator
+        or cancelling its task at any token leaves the timeline at what was read. Raises `SessionError` on an empty
+        timeline and `SamplingError` on bad parameters.
         """
         self._check_free()
         if not self._tokens:
@@ -130,6 +132,7 @@ class Session:
         stops = Stops(
             max_tokens=room if max_tokens is None else min(max_tokens, room),
             stop_ids=frozenset(stop_ids), think_end_id=think_end_id, max_thinking=max_thinking,
+            call_ids=frozenset(call_ids),
         )  # fmt: skip
         sampler = Sampler(sampling or self.sampling, self._tokens, banned_ids)
         self.finish_reason = None

@@ -74,7 +74,8 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _expand(latent: Tensor, weight: Tensor) -> Tensor:
-    """`latent [S, C]` through `weight [C, H, X]` -> `[H, S, X]`, as one product of width H·X rather than H narrow ones."""
+    """`latent [S, C]` through `weight [C, H, X]` -> `[H, S, X]`, as one product of width H·X rather than H narrow
+    ones."""
     return torch.unflatten(latent @ weight.flatten(1), 1, weight.shape[1:]).transpose(0, 1)
 
 

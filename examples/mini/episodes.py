@@ -22,6 +22,10 @@ from world import RELATIONS, Entity, World
 SYSTEM = "You are a research agent. Think, call tools, read the results, and answer with what they show."
 
 
+BARE_PROMPT = 20
+"""Tokens: a shorter prompt declares no tools."""
+
+
 class Tools(Protocol):
     """The tools as the solver needs them: declarations, and calls that give (result text, ok)."""
 
@@ -100,22 +104,42 @@ class Renderer:
 
     def run(self, run: Run, rng: random.Random, *, bare: float, first: int = 0, last: int | None = None) -> Episode:
         """The episode of steps `first` to `last` (exclusive; None: to the answer). A run that starts later than its
-        first step begins with a step that is only read."""
+        first step begins with a step that is only read. Half of the runs without a full prompt are skimmed: thoughts
+        and pages, without the calls between them, so that decisions come twice as densely."""
         episode = Episode()
-        episode.add(self.prompt(rng, bare=bare))
+        prompt = self.prompt(rng, bare=bare)
+        episode.add(prompt)
         episode.add(self._template.render_new([{"role": "user", "content": run.task.question}]))
         end = len(run.steps) if last is None else min(last, len(run.steps))
+        add = self._skimmed if len(prompt) < BARE_PROMPT and rng.random() < 0.5 else self._step
         for index in range(first, end):
-            step = run.steps[index]
-            call_id = f"functions.{step.name}:{index}"
-            call = {"id": call_id, "function": {"name": step.name, "arguments": _json(step.arguments)}}
-            message = {"role": "assistant", "reasoning_content": step.thinking, "content": "", "tool_calls": [call]}
-            self._assistant(episode, message, learn=index > first or first == 0)
-            result = {"role": "tool", "tool_call_id": call_id, "name": step.name, "content": step.result}
-            episode.add(self._template.render_new([result]))
+            add(episode, run.steps[index], index, learn=index > first or first == 0)
         if end == len(run.steps):
             self._assistant(episode, {"role": "assistant", "reasoning_content": run.thinking, "content": run.answer})
         return episode
+
+    def _step(self, episode: Episode, step: Step, index: int, *, learn: bool) -> None:
+        call_id = f"functions.{step.name}:{index}"
+        call = {"id": call_id, "function": {"name": step.name, "arguments": _json(step.arguments)}}
+        message = {"role": "assistant", "reasoning_content": step.thinking, "content": "", "tool_calls": [call]}
+        self._assistant(episode, message, learn=learn)
+        self._result(episode, step, index)
+
+    def _skimmed(self, episode: Episode, step: Step, index: int, *, learn: bool) -> None:
+        if step.name == "python":
+            self._step(episode, step, index, learn=learn)
+            return
+        if not step.thinking.startswith("Found "):
+            message = {"role": "assistant", "reasoning_content": step.thinking, "content": ""}
+            self._assistant(episode, message, learn=learn)
+            episode.learn[-1] = False  # a thought without a call would not end the message
+        if step.name == "open" or step.result.startswith("No results"):
+            self._result(episode, step, index)
+
+    def _result(self, episode: Episode, step: Step, index: int) -> None:
+        call_id = f"functions.{step.name}:{index}"
+        result = {"role": "tool", "tool_call_id": call_id, "name": step.name, "content": step.result}
+        episode.add(self._template.render_new([result]))
 
     def lookups(self, pages: list[tuple[Entity, str]], rng: random.Random) -> Episode:
         """Pages, each followed by questions about every one of its facts: retrieval at its densest."""

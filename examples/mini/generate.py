@@ -32,14 +32,14 @@ MIXES: dict[str, dict[str, int]] = {
         "chain": 60,
     },
     "full": {
-        "lookup": 20,
-        "hop1": 25,
-        "hop2": 30,
-        "hop3": 45,
-        "compare": 30,
-        "arithmetic": 35,
-        "recovery": 45,
-        "chain": 90,
+        "lookup": 6,
+        "hop1": 40,
+        "hop2": 45,
+        "hop3": 50,
+        "compare": 45,
+        "arithmetic": 45,
+        "recovery": 60,
+        "chain": 60,
     },
 }
 PYTHON = {

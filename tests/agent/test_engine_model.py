@@ -105,7 +105,7 @@ class SayingEngine:
         self.config = Positions(tokenizer.n_vocab, positions)
         self.sessions: list[Session] = []
 
-    def session(self, *, sampling: Sampling) -> Session:
+    def session(self, sampling: Sampling) -> Session:
         self.sessions.append(Session(self, sampling))  # type: ignore[arg-type]  # the part of it that a session uses
         return self.sessions[-1]
 
@@ -409,10 +409,10 @@ async def test_two_turns_of_one_conversation_at_once_are_refused(tokenizer: Toke
 async def test_a_branch_goes_on_from_the_cache(tokenizer: Tokenizer) -> None:
     t = talk(tokenizer, call(0), ANSWER)
     t.answer(await t.turn(), "r")
-    branch = Conversation(list(t.conversation.messages))
+    branch, trunk = Conversation(list(t.conversation.messages)), t.session
     t.model.fork(t.conversation, branch)
     events = [e async for e in t.model.stream(branch, TOOLS, Turn())]
-    assert usage(events).cached_tokens == len(t.session.tokens)
+    assert usage(events).cached_tokens == len(trunk.tokens)
     assert text(events, Content) == "forty"
 
 

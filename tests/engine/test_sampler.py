@@ -69,6 +69,18 @@ def test_a_large_vocabularys_tail_is_reachable() -> None:
     assert max(tokens) > 160000
 
 
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.9, 0.999])
+def test_the_nucleus_is_the_smallest_set_that_holds_top_p(top_p: float) -> None:
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(1))
+    order = logits.argsort(descending=True)
+    kept = int((logits[order].softmax(-1).cumsum(-1) < top_p).sum()) + 1
+    sampler = Sampler(Sampling(top_p=top_p))
+    drawn = {sampler.choose(logits, position) for position in range(2000)}
+    assert drawn <= set(order[:kept].tolist())
+    if kept <= 20:
+        assert len(drawn) == kept
+
+
 def test_presence_and_frequency_penalties_subtract_by_generated_counts() -> None:
     sampler = Sampler(Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=0.25), seen=[1])
     logits = torch.tensor([2.0, 1.6, 0.0])

@@ -133,6 +133,9 @@ async def test_thinking_that_ends_by_itself_is_left_alone(engine: Engine) -> Non
     natural = greedy_by_logits(engine, PROMPT, 10)
     session = await begun(engine)
     assert await take(session, 10, think_end_id=natural[1], max_thinking=4) == natural
+    end = next(i for i in range(3000) if i not in natural)
+    session.truncate(len(session) - 10)
+    assert await take(session, 10, think_end_id=end, max_thinking=4, call_ids=[natural[1]]) == natural
 
 
 async def test_banned_ids_are_never_sampled(engine: Engine) -> None:
