@@ -36,7 +36,9 @@ def test_all_words_first_then_any(folder: Path) -> None:
     assert format_hits("zebra", corpus.search("zebra")) == 'No results for "zebra".'
 
 
-@pytest.mark.parametrize("query", ["", "   ", '"', "a AND", "NEAR(", "x*", "title:", "'; DROP TABLE documents; --", "\x00", "🚢"])
+@pytest.mark.parametrize(
+    "query", ["", "   ", '"', "a AND", "NEAR(", "x*", "title:", "'; DROP TABLE documents; --", "\x00", "🚢"]
+)
 def test_no_query_is_an_error(folder: Path, query: str) -> None:
     corpus = Corpus(folder)
     corpus.search(query)
