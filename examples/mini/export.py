@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from episodes import SYSTEM
 from network import Shape
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from thinkloop.engine.tokenizer import Tokenizer
-from thinkloop.kernels.reference import quantise_int4
+from thinkloop.kernels.reference import dequantise_int4, quantise_int4
 from torch import Tensor
 
+EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight(?:_(\w+))?")
 WINDOW = 1280
 """Tokens: the longest training episodes have about 1,150."""
 INT4 = {
@@ -102,6 +104,25 @@ def export(run: Path, folder: Path, *, int4: bool = True) -> None:
     _write(folder / "generation_config.json", {"max_length": WINDOW, "eos_token_id": tokenizer.special("<|im_end|>")})
     running = {"window": WINDOW, "context_policy": "drop_steps", "system": SYSTEM, "sampling": {"temperature": 0}}
     _write(folder / "thinkloop.json", running)
+
+
+def restored_state(folder: Path) -> dict[str, Tensor]:
+    """The network's state from a published folder, to train on from there: the inverse of `published_tensors`."""
+    tensors = load_file(folder / "model.safetensors")
+    state: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, Tensor]] = {}
+    for name, value in tensors.items():
+        short = name.removeprefix("model.")
+        if match := EXPERT.fullmatch(short):
+            layer, expert, matrix, kind = match.groups()
+            if kind == "packed":
+                value = dequantise_int4(value, tensors[name.replace("_packed", "_scale")], torch.float32)
+            if kind in (None, "packed"):
+                experts.setdefault(f"{layer}.{matrix}", {})[int(expert)] = value.float()
+        else:
+            own = short.replace("gate.e_score", "e_score").replace("mlp.gate.weight", "mlp.gate")
+            state[own] = value.float()
+    return state | {name: torch.stack([rows[i] for i in sorted(rows)]) for name, rows in experts.items()}
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
-"""Training data: worlds, the solver's runs on the real tools, packed episodes. `python generate.py OUT` writes the vocabulary."""
+"""Training data: worlds, the solver's runs on the real tools, packed episodes."""
 
 from __future__ import annotations
 
-import argparse
 import random
 import tempfile
 import traceback
@@ -16,7 +15,6 @@ from tasks import FAMILIES, make_task
 from thinkloop.engine.tokenizer import Tokenizer
 from thinkloop.tools.corpus import Corpus, _OpenTool, _SearchTool, format_hits, format_page
 from thinkloop.tools.tool import declaration
-from vocab import build_ranks, write_vocabulary
 from world import World, make_world
 
 MIXES: dict[str, dict[str, int]] = {
@@ -147,15 +145,3 @@ def _packed(made: Iterable[Episode]) -> dict[str, np.ndarray]:
         learn += episode.learn
         ends.append(len(ids))
     return {"ids": np.array(ids, np.int16), "learn": np.array(learn), "ends": np.array(ends)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    size = write_vocabulary(arguments.out, build_ranks(sample_texts()))
-    print(f"vocabulary {size}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,5 @@
-"""Train the mini model: `python train.py OUT --minutes 90` (resumes from OUT/checkpoint.pt when it is there).
+"""Train the mini model: `python train.py OUT --minutes 75` (resumes from OUT/checkpoint.pt when it is there; with
+`--start engine/mini` a new run begins from the shipped weights). Stop it with SIGTERM at any time: it saves and ends.
 
 The schedule is a share of the time budget: warm-up, a long plateau, a linear decay over the last 45 %; dense look-ups first,
 then whole runs; quantisation-aware for the last 30 %. Every few minutes it prints, on held-out worlds and for each
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -20,11 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from circuits import planted
-from generate import pack_held_out, pack_mix
+from export import restored_state
+from generate import pack_held_out, pack_mix, sample_texts
 from network import Network, Shape
 from optimiser import build, set_rate
 from thinkloop.engine.tokenizer import Tokenizer
 from torch import Tensor
+from vocab import build_ranks, write_vocabulary
 
 QUANTISE_FROM = 0.7
 DECAY_FROM = 0.55
@@ -38,6 +42,9 @@ class Batch:
     ids: Tensor
     pick: Tensor
     target: Tensor
+
+    def to(self, device: str) -> Batch:
+        return Batch(self.ids.to(device), self.pick.to(device), self.target.to(device))
 
 
 def make_batch(episodes: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
@@ -84,7 +91,7 @@ class progress:
 
 def batch_tokens(share: float) -> int:
     """Small batches first: circuits form by the number of steps, precision comes from averaging later."""
-    return 4096 if share < 0.4 else BATCH_TOKENS
+    return 4096 if share < 0.2 else BATCH_TOKENS
 
 
 def bare(share: float) -> float:
@@ -113,8 +120,8 @@ def exactness(network: Network, held_out: dict[str, list[tuple[np.ndarray, np.nd
     for family, episodes in held_out.items():
         right = []
         for episode in episodes:
-            batch = make_batch([episode])
-            with torch.autocast("cpu", torch.bfloat16):
+            batch = make_batch([episode]).to(device)
+            with torch.autocast(device, torch.bfloat16):
                 logits = network(batch.ids, batch.pick)
             right.append(logits.argmax(-1) == batch.target)
         result[family] = [
@@ -130,23 +137,39 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--start", type=Path, help="published folder to begin from, such as engine/mini")
     parser.add_argument("--rate", type=float, default=0.5, help="factor on the base learning rates")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not (arguments.out / "tiktoken.model").exists():
+        prepare(arguments.out, arguments.start)
     torch.manual_seed(0)
     tokenizer = Tokenizer.load(arguments.out)
-    network = planted(Shape(tokenizer.n_vocab))
+    network = planted(Shape(tokenizer.n_vocab)).to(arguments.device)
+    if arguments.start:
+        network.load_state_dict(restored_state(arguments.start))
     optimisers = build(network)
     state = {"step": 0, "seconds": 0.0, "tokens": 0, "world": 0}
     file = arguments.out / "checkpoint.pt"
     if file.exists():
-        saved = torch.load(file, weights_only=True)
+        saved = torch.load(file, weights_only=True, map_location=arguments.device)
         network.load_state_dict(saved["network"])
         for optimiser, values in zip(optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(values)
         state = saved["state"]
     print(json.dumps({"parameters": sum(p.numel() for p in network.parameters()), **state}), flush=True)
     train(network, optimisers, state, tokenizer, arguments, file)
+
+
+def prepare(out: Path, start: Path | None) -> None:
+    """Give a new run its vocabulary: a new one, or that of the folder it starts from."""
+    if start is None:
+        write_vocabulary(out, build_ranks(sample_texts()))
+        return
+    for file in ("tiktoken.model", "tokenizer_config.json"):
+        shutil.copyfile(start / file, out / file)
 
 
 def train(network, optimisers, state, tokenizer, arguments, file) -> None:  # type: ignore[no-untyped-def]
@@ -169,7 +192,8 @@ def train(network, optimisers, state, tokenizer, arguments, file) -> None:  # ty
         for moe in network.moes():
             moe.quantise = progress.share > QUANTISE_FROM
         set_rate(optimisers, arguments.rate * rate(progress.share, state["step"]))
-        with torch.autocast("cpu", torch.bfloat16):
+        batch = batch.to(arguments.device)
+        with torch.autocast(arguments.device, torch.bfloat16):
             logits = network(batch.ids, batch.pick)
         loss = F.cross_entropy(logits.float(), batch.target)
         loss.backward()
@@ -192,13 +216,19 @@ def train(network, optimisers, state, tokenizer, arguments, file) -> None:  # ty
                 "step": state["step"],
                 "Mtok": round(state["tokens"] / 1e6, 2),
             }
-            line |= {"tok/s": round(speed), "loss": round(mean, 4), "exact": exactness(network, held_out)}
+            line |= {
+                "tok/s": round(speed),
+                "loss": round(mean, 4),
+                "exact": exactness(network, held_out, arguments.device),
+            }
             print(json.dumps(line), flush=True)
         if now - last_save > 240:
             last_save = now
             save(network, optimisers, state, file)
     save(network, optimisers, state, file)
-    print(json.dumps({"done": not stopped, "exact": exactness(network, held_out), **state}), flush=True)
+    print(
+        json.dumps({"done": not stopped, "exact": exactness(network, held_out, arguments.device), **state}), flush=True
+    )
 
 
 def save(network, optimisers, state, file: Path) -> None:  # type: ignore[no-untyped-def]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from circuits import planted
-from export import config_json, export, published_tensors
+from export import config_json, export, published_tensors, restored_state
 from generate import sample_texts
 from network import Shape, fake_quantise
 from thinkloop.engine.engine import Engine
@@ -60,3 +60,13 @@ def test_the_exported_folder_is_in_the_published_format(run: Path) -> None:
     config = config_json(Shape(tokenizer.n_vocab), tokenizer, int4=True)
     assert config["model_type"] == "kimi_k2"
     assert config["rope_scaling"]["beta_fast"] == 1.0
+
+
+def test_training_can_go_on_from_a_published_folder(run: Path, tmp_path: Path) -> None:
+    state = torch.load(run / "checkpoint.pt", weights_only=True)["network"]
+    export(run, tmp_path, int4=True)
+    restored = restored_state(tmp_path)
+    assert restored.keys() == state.keys()
+    for name, value in state.items():
+        expected = fake_quantise(value) if value.ndim == 3 else value if "e_score" in name else value.bfloat16().float()
+        assert torch.allclose(restored[name], expected, atol=1e-6), name
