@@ -113,7 +113,9 @@ def rate(share: float, step: int) -> float:
 
 
 @torch.inference_mode()
-def exactness(network: Network, held_out: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> dict[str, list[float]]:
+def exactness(
+    network: Network, held_out: dict[str, list[tuple[np.ndarray, np.ndarray]]], device: str
+) -> dict[str, list[float]]:
     """For each family the share of episodes with every learnt token right, and the share of learnt tokens right."""
     network.eval()
     result = {}
