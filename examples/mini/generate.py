@@ -13,7 +13,8 @@ import numpy as np
 from episodes import SYSTEM, Episode, Renderer, _json, episodes, solve_with
 from tasks import FAMILIES, make_task
 from thinkloop.engine.tokenizer import Tokenizer
-from thinkloop.tools.corpus import Corpus, _OpenTool, _SearchTool, format_hits, format_page
+from thinkloop.tools.corpus import Search, format_hits, format_page
+from thinkloop.tools.python import Python
 from thinkloop.tools.tool import declaration
 from world import World, make_world
 
@@ -40,19 +41,6 @@ MIXES: dict[str, dict[str, int]] = {
         "chain": 60,
     },
 }
-PYTHON = {
-    "type": "function",
-    "function": {
-        "name": "python",
-        "description": "Run Python code in a sandbox; variables are kept. Shows what is printed and the last value.",
-        "parameters": {
-            "type": "object",
-            "properties": {"code": {"type": "string", "description": "Python code."}},
-            "required": ["code"],
-            "additionalProperties": False,
-        },
-    },
-}
 
 
 class WorldTools:
@@ -61,8 +49,9 @@ class WorldTools:
     def __init__(self, world: World) -> None:
         with tempfile.TemporaryDirectory() as folder:
             world.write(Path(folder))
-            self._corpus = Corpus(folder)
-        self.declarations = [declaration(_SearchTool(self._corpus)), declaration(_OpenTool(self._corpus)), PYTHON]
+            search = Search(folder)
+        self._corpus = search.corpus
+        self.declarations = [declaration(tool) for tool in (*search.tools(), *Python().tools())]
 
     def call(self, name: str, arguments: dict[str, Any]) -> tuple[str, bool]:
         if name == "search":
@@ -72,11 +61,11 @@ class WorldTools:
             if document is None:
                 return f'error: there is no document "{arguments["id"]}"; search for it', False
             return format_page(document), True
-        return _python(arguments["code"])
+        return shown_by_python(arguments["code"])
 
 
-def _python(code: str) -> tuple[str, bool]:
-    """What the sandbox shows for a first cell with one expression."""
+def shown_by_python(code: str) -> tuple[str, bool]:
+    """What the sandbox shows for a first cell with one expression (a test holds the two together)."""
     try:
         return repr(eval(compile(code, "<cell 1>", "eval"), {})), True
     except SyntaxError as error:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from episodes import Renderer, episodes, solve_with
-from generate import WorldTools, sample_texts
+from generate import WorldTools, sample_texts, shown_by_python
 from names import is_held_out, words
 from tasks import FAMILIES, make_task
 from thinkloop.engine.tokenizer import Tokenizer
+from thinkloop.tools.python import Python
 from vocab import build_ranks, write_vocabulary
 from world import KINDS, make_world
 
@@ -83,3 +84,23 @@ def test_episodes_learn_only_what_the_model_writes(tokenizer: Tokenizer) -> None
         assert learnt[0] == tokenizer.think_start
         assert learnt[-1] == end
         assert len(episode.ids) <= 1280
+
+
+EXPRESSIONS = [
+    "212 + 187",
+    "3 - 90",
+    "round(69 / 96, 2)",
+    "round(500 / 2, 2)",
+    "'Kantor' if 939 > 80 else 'Melvis'",
+    "48 m + 31 m",
+    "round(48 m / 31 m, 2)",
+]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("code", EXPRESSIONS)
+async def test_what_the_solver_sees_of_python_is_what_the_sandbox_shows(code: str) -> None:
+    async with Python() as python:
+        (tool,) = python.tools()
+        output = await tool.call({"code": code})
+    assert shown_by_python(code) == (output.content, output.ok)
