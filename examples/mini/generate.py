@@ -31,14 +31,14 @@ MIXES: dict[str, dict[str, int]] = {
         "chain": 60,
     },
     "full": {
-        "lookup": 6,
-        "hop1": 40,
-        "hop2": 45,
-        "hop3": 50,
-        "compare": 45,
-        "arithmetic": 45,
-        "recovery": 60,
-        "chain": 60,
+        "lookup": 4,
+        "hop1": 35,
+        "hop2": 35,
+        "hop3": 40,
+        "compare": 60,
+        "arithmetic": 65,
+        "recovery": 90,
+        "chain": 35,
     },
 }
 

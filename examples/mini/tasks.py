@@ -1,7 +1,8 @@
 """Tasks over a world, and the scripted solver whose runs are the training text.
 
 A thought carries the state, always in the same form: `Want Kantor's port's age?` is what is still to be found, `So
-Kantor's port Tarbul.` is what the page just read says. Each next word can then be copied from a place nearby.
+Kantor's port Tarbul.` is what the page just read says, `Compute 212 plus Melvis's crew?` is how far a sum has come. The
+word that decides what to copy next stands right before it.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _compare(world: World, rng: random.Random) -> Task:
     word = rng.choice(("larger", "smaller"))
     a_wins = (int(a.facts[key]) > int(b.facts[key])) == (word == "larger")
     question = f"Which has the {word} {key}, {a.name} or {b.name}?"
-    plan = {"a": a.name, "b": b.name, "key": key, "sign": ">" if word == "larger" else "<"}
+    plan = {"a": a.name, "b": b.name, "key": key, "word": "or", "sign": ">" if word == "larger" else "<"}
     return Task("compare", question, a.name if a_wins else b.name, plan)
 
 
@@ -108,7 +109,7 @@ def _arithmetic(world: World, rng: random.Random, *, units: bool) -> Task:
     value = {"plus": x + y, "minus": x - y, "divided by": round(x / y, 2)}[word]
     tail = ", to two decimals?" if word == "divided by" else "?"
     question = f"{rng.choice(LEADS)} {a.name}'s {key} {word} {b.name}'s {key}{tail}"
-    plan = {"a": a.name, "b": b.name, "key": key, "word": word}
+    plan = {"a": a.name, "b": b.name, "key": key, "word": word, "sign": OPERATORS[word]}
     return Task("recovery" if units else "arithmetic", question, str(value), plan)
 
 
@@ -164,7 +165,9 @@ def _solve_hops(task: Task) -> Solver:
     if "wrong" in task.plan:
         wanted = _want(task.plan["wrong"], path)
         yield from _find(f"Want {wanted}", task.plan["wrong"])
-        page, _ = yield from _find(f"No results. Want {_want(name, path)}", name)
+        page, _ = yield from _find(
+            f"No results. {task.plan['wrong']} is also written {name}. Want {_want(name, path)}", name
+        )
     else:
         page, _ = yield from _find(f"Want {_want(name, path)}", name)
     while True:
@@ -180,24 +183,23 @@ def _solve_hops(task: Task) -> Solver:
 
 
 def _solve_pair(task: Task) -> Solver:
-    a, b, key = (task.plan[part] for part in ("a", "b", "key"))
+    a, b, key, word = (task.plan[part] for part in ("a", "b", "key", "word"))
     page, _ = yield from _find(f"Want {_want(a, [key])}", a)
     x = _fact(page, key)
-    page, _ = yield from _find(f"So {a}'s {key} {x}. Want {_want(b, [key])}", b)
+    page, _ = yield from _find(f"So {a}'s {key} {x}. Compute {x} {word} {_want(b, [key])}", b)
     y = _fact(page, key)
     code = _code(task, x, y)
-    result, ok = yield f"So {b}'s {key} {y}. Compute.", "python", {"code": code}
+    result, ok = yield f"So {b}'s {key} {y}. Compute {code}.", "python", {"code": code}
     if not ok:
-        result, _ = yield "Error. No units.", "python", {"code": _code(task, x.split()[0], y.split()[0])}
-    value = result.strip("'")
+        code = _code(task, x.split()[0], y.split()[0])
+        result, _ = yield f"Error. No units. Compute {code}.", "python", {"code": code}
+    value = {"True": a, "False": b}.get(result, result)
     return f"Result {value}.", value
 
 
 def _code(task: Task, x: str, y: str) -> str:
-    if "sign" in task.plan:
-        return f"'{task.plan['a']}' if {x} {task.plan['sign']} {y} else '{task.plan['b']}'"
-    expression = f"{x} {OPERATORS[task.plan['word']]} {y}"
-    return f"round({expression}, 2)" if task.plan["word"] == "divided by" else expression
+    expression = f"{x} {task.plan['sign']} {y}"
+    return f"round({expression}, 2)" if task.plan["sign"] == "/" else expression
 
 
 def _solve_chain(task: Task) -> Solver:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from sample import sample
 from tasks import make_task
 from thinkloop.engine.tokenizer import Tokenizer
 from world import make_world
@@ -21,22 +21,6 @@ MINI = Path(__file__).parents[2] / "engine" / "mini"
 WORLD = MINI / "world"
 
 
-def _fact(title: str, key: str) -> str:
-    """A fact read straight from the sample world's pages."""
-    for page in WORLD.glob("*.md"):
-        if page.stem.removeprefix("Isle of ") == title:
-            return re.search(rf"^- {key} (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE).group(1)
-    raise AssertionError(title)
-
-
-def _demo_answer() -> str:
-    question = (MINI / "demo.txt").read_text(encoding="utf-8").strip()
-    value, *path = re.sub(r"^.*?[Ww]hat is |\?$", "", question).split("'s ")
-    for key in path:
-        value = _fact(value, key)
-    return value
-
-
 def _thinkloop(*arguments: str, cwd: Path) -> str:
     command = [sys.executable, "-m", "thinkloop", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=True).stdout
@@ -45,8 +29,11 @@ def _thinkloop(*arguments: str, cwd: Path) -> str:
 def test_the_demo_question_is_answered_by_real_calls_and_replayed(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in _thinkloop("run", "--json", "--trace", "t", cwd=tmp_path).splitlines()]
     end = lines[-1]
-    assert (end["type"], end["reason"], end["answer"]) == ("run_finished", "answered", _demo_answer())
-    assert {line["name"] for line in lines if line["type"] == "tool_call"} >= {"search", "open"}
+    world, task = sample()
+    assert all((WORLD / entity.file).read_text(encoding="utf-8") == entity.page for entity in world.entities.values())
+    assert (MINI / "demo.txt").read_text(encoding="utf-8").strip() == task.question
+    assert (end["type"], end["reason"], end["answer"]) == ("run_finished", "answered", task.answer)
+    assert {line["name"] for line in lines if line["type"] == "tool_call"} == {"search", "open", "python"}
     assert all((WORLD / source).is_file() for source in end["sources"])
     again = [json.loads(line) for line in _thinkloop("replay", "--json", "t", cwd=tmp_path).splitlines()]
     assert again[-1]["answer"] == end["answer"]

@@ -91,7 +91,8 @@ EXPRESSIONS = [
     "3 - 90",
     "round(69 / 96, 2)",
     "round(500 / 2, 2)",
-    "'Kantor' if 939 > 80 else 'Melvis'",
+    "939 > 80",
+    "31 < 31",
     "48 m + 31 m",
     "round(48 m / 31 m, 2)",
 ]
