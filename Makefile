@@ -8,7 +8,7 @@ ROOMS := kernels traces engine tools agent
 
 .PHONY: run test lint types clean
 run: $(VENV)/installed bubblewrap
-	@$(BIN)/thinkloop run $(if $(TASK),"$(TASK)",)
+	@$(BIN)/thinkloop run $${TASK:+"$$TASK"}
 
 test: $(VENV)/dev bubblewrap lint types
 	$(BIN)/python -m pytest -m "not slow and not gpu"

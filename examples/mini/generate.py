@@ -31,14 +31,14 @@ MIXES: dict[str, dict[str, int]] = {
         "chain": 60,
     },
     "full": {
-        "lookup": 4,
-        "hop1": 35,
-        "hop2": 35,
+        "lookup": 2,
+        "hop1": 25,
+        "hop2": 25,
         "hop3": 40,
-        "compare": 60,
-        "arithmetic": 65,
-        "recovery": 90,
-        "chain": 35,
+        "compare": 100,
+        "arithmetic": 70,
+        "recovery": 80,
+        "chain": 22,
     },
 }
 
