@@ -139,6 +139,7 @@ class EngineModel:
             "tokenizer": self._tokenizer.hash,
             "template": template_hash(),
             "window": self.window,
+            "context_policy": self.context_policy,
             "sampling": asdict(self._sampling),
         }
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tasks import Solver, Task, _fact, make_task, solve
+from tasks import Solver, Task, _fact, make_also_written, make_task, solve
 from thinkloop.engine.template import Template
 from thinkloop.engine.tokenizer import Tokenizer
 from world import RELATIONS, Entity, World
@@ -118,6 +118,18 @@ class Renderer:
             self._assistant(episode, {"role": "assistant", "reasoning_content": run.thinking, "content": run.answer})
         return episode
 
+    def glimpse(self, run: Run, index: int, rng: random.Random) -> Episode:
+        """The task, the result before step `index`, and that step (or the answer): one decision, nothing else."""
+        episode = Episode()
+        episode.add(self.prompt(rng, bare=1.0))
+        episode.add(self._template.render_new([{"role": "user", "content": run.task.question}]))
+        self._result(episode, run.steps[index - 1], index - 1)
+        if index == len(run.steps):
+            self._assistant(episode, {"role": "assistant", "reasoning_content": run.thinking, "content": run.answer})
+        else:
+            self._step(episode, run.steps[index], index, learn=True)
+        return episode
+
     def _step(self, episode: Episode, step: Step, index: int, *, learn: bool) -> None:
         call_id = f"functions.{step.name}:{index}"
         call = {"id": call_id, "function": {"name": step.name, "arguments": _json(step.arguments)}}
@@ -195,6 +207,14 @@ def episodes(
                 yield renderer.lookups([(entity, tools.call("open", {"id": entity.file})[0]) for entity in chosen], rng)
             elif family == "drill":
                 yield renderer.drill(_random_facts(world, rng), rng)
+            elif family == "glimpse":
+                task, index = (
+                    (make_also_written(world, rng), 1)
+                    if rng.random() < 0.4
+                    else (make_task(world, "compare", rng), None)
+                )
+                run = solve_with(tools, task)
+                yield renderer.glimpse(run, index or len(run.steps), rng)
             elif family == "chain":
                 yield _chain_window(world, tools, renderer, rng, bare)
             else:

@@ -32,10 +32,11 @@ MIXES: dict[str, dict[str, int]] = {
     },
     "full": {
         "lookup": 2,
+        "glimpse": 80,
         "hop1": 25,
         "hop2": 25,
         "hop3": 40,
-        "compare": 100,
+        "compare": 80,
         "arithmetic": 70,
         "recovery": 80,
         "chain": 22,

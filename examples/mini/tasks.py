@@ -44,7 +44,7 @@ def make_task(world: World, family: str, rng: random.Random, *, links: int | Non
         return _arithmetic(world, rng, units=False)
     if family == "chain":
         return _chain(world, rng, links or rng.randint(1, 310))
-    return rng.choice((_also_written, _isle, lambda w, r: _arithmetic(w, r, units=True)))(world, rng)
+    return rng.choice((make_also_written, _isle, lambda w, r: _arithmetic(w, r, units=True)))(world, rng)
 
 
 def _path(world: World, start: Entity, hops: int, rng: random.Random) -> list[str] | None:
@@ -119,7 +119,8 @@ def _chain(world: World, rng: random.Random, links: int) -> Task:
     return Task("chain", question, follow(world, start, ["next"] * links), {"start": start, "links": links})
 
 
-def _also_written(world: World, rng: random.Random) -> Task:
+def make_also_written(world: World, rng: random.Random) -> Task:
+    """A recovery task whose first search finds nothing: the name is known under another spelling."""
     task = _hops(world, 1, rng)
     start, wrong = task.plan["start"], rng.choice(world.spare)
     question = f"{rng.choice(LEADS)} {_want(wrong, task.plan['path'])} {wrong} is also written {start}."
