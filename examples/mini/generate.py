@@ -32,14 +32,14 @@ MIXES: dict[str, dict[str, int]] = {
     },
     "full": {
         "lookup": 2,
-        "glimpse": 80,
-        "hop1": 25,
+        "glimpse": 20,
+        "hop1": 20,
         "hop2": 25,
-        "hop3": 40,
-        "compare": 80,
+        "hop3": 55,
+        "compare": 50,
         "arithmetic": 70,
-        "recovery": 80,
-        "chain": 22,
+        "recovery": 70,
+        "chain": 75,
     },
 }
 
