@@ -235,8 +235,8 @@ def _random_facts(world: World, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def _chain_window(world: World, tools: Tools, renderer: Renderer, rng: random.Random, bare: float) -> Episode:
-    """Some steps of a chain: its start, its end, or any stretch between, with every number left equally likely."""
-    links = rng.randint(1, 310)
+    """Some steps of a chain: its start, its end, or any stretch between; short counts come more often, or they would be rare."""
+    links = rng.randint(1, 310) if rng.random() < 0.6 else rng.randint(1, 40)
     task = make_task(world, "chain", rng, links=links)
     length = rng.randint(3, 8)
     where = rng.random()
