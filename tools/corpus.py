@@ -112,7 +112,10 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, str, str]]:
         raise CorpusError(
             f"the corpus folder `{folder}` does not exist or is not a folder; give --corpus an existing one"
         )
+    inside = folder.resolve()
     for path in sorted(folder.rglob("*")):
+        if not path.resolve().is_relative_to(inside):  # a link must not carry the rest of the disk into the context
+            continue
         if path.suffix.lower() not in SUFFIXES or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
             continue
         try:

@@ -108,7 +108,7 @@ def pack_mix(
 ) -> dict[str, np.ndarray]:
     """The packed episodes of one world: `ids`, `learn`, and `ends` (where each episode stops)."""
     rng = random.Random(f"{mix}/{seed}")
-    world = make_world(seed, held_out=held_out)
+    world = make_world(seed, held_out=False)
     tools = WorldTools(world)
     renderer = Renderer(tokenizer, tools.declarations)
     return _packed(episodes(world, tools, renderer, rng, MIXES[mix], bare=bare if mix == "full" else 1.0))

@@ -92,6 +92,14 @@ def test_bytes_that_are_not_text_do_no_harm(tmp_path: Path) -> None:
     assert [hit.id for hit in Corpus(tmp_path).search("latin")] == ["bad.txt"]
 
 
+def test_a_link_out_of_the_folder_is_not_followed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret.md"
+    secret.write_text("# Secret\npassword")
+    (folder / "link.md").symlink_to(secret)
+    assert Corpus(folder).search("password") == []
+    assert Corpus(folder).document("link.md") is None
+
+
 @pytest.mark.anyio
 async def test_the_tools_record_what_was_opened(folder: Path) -> None:
     async with Search(folder) as search:
