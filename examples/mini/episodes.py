@@ -238,7 +238,7 @@ def _chain_window(world: World, tools: Tools, renderer: Renderer, rng: random.Ra
     """Some steps of a chain: its start, its end, or any stretch between; short counts come more often, or they would be rare."""
     links = rng.randint(1, 310) if rng.random() < 0.6 else rng.randint(1, 40)
     task = make_task(world, "chain", rng, links=links)
-    length = rng.randint(3, 8)
+    length = rng.randint(2, 9)
     where = rng.random()
     first = 0 if where < 0.15 else max(0, links + 1 - length + 1) if where < 0.3 else rng.randint(0, links)
     run = _chain_stretch(task, tools, world, first, first + length)

@@ -39,7 +39,7 @@ MIXES: dict[str, dict[str, int]] = {
         "compare": 50,
         "arithmetic": 70,
         "recovery": 70,
-        "chain": 75,
+        "chain": 160,
     },
 }
 

@@ -1,5 +1,6 @@
 """Train the mini model: `python train.py OUT --minutes 75` (resumes from OUT/checkpoint.pt when it is there; with
-`--start engine/mini` a new run begins from the shipped weights). Stop it with SIGTERM at any time: it saves and ends.
+`--start engine/mini --from 0.5` a new run begins from the shipped weights, half-way through the schedule, so that 100
+minutes take 50). Stop it with SIGTERM at any time: it saves and ends.
 
 The schedule is a share of the time budget: warm-up, a long plateau, a linear decay over the last 35 %; dense look-ups first,
 then whole runs; quantisation-aware for the last 25 %. Every few minutes it prints, on held-out worlds and for each
@@ -33,6 +34,7 @@ from vocab import build_ranks, write_vocabulary
 QUANTISE_FROM = 0.75
 DECAY_FROM = 0.65
 BATCH_TOKENS = 8192
+SECOND_RUN = 10_000
 
 
 @dataclass(slots=True)
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--start", type=Path, help="published folder to begin from, such as engine/mini")
+    parser.add_argument("--from", type=float, default=0.0, dest="share", help="share of the schedule to begin at")
     parser.add_argument("--rate", type=float, default=0.5, help="factor on the base learning rates")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -153,7 +156,9 @@ def main() -> None:
     if arguments.start:
         network.load_state_dict(restored_state(arguments.start))
     optimisers = build(network)
-    state = {"step": 0, "seconds": 0.0, "tokens": 0, "world": 0}
+    state = {"step": 0, "seconds": arguments.share * arguments.minutes * 60, "tokens": 0, "world": 0}
+    if arguments.start:
+        state["world"] = SECOND_RUN  # other worlds than those the weights have seen
     file = arguments.out / "checkpoint.pt"
     if file.exists():
         saved = torch.load(file, weights_only=True, map_location=arguments.device)
