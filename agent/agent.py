@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,11 +16,11 @@ from thinkloop.agent.context import Context
 from thinkloop.agent.limits import Limits
 from thinkloop.agent.loop import Listener, Loop
 from thinkloop.agent.model import Model
-from thinkloop.agent.named import is_url, open_model
+from thinkloop.agent.named import Progress, is_url, open_model
 from thinkloop.agent.stream import EventStream
 from thinkloop.engine.params import Sampling
 from thinkloop.tools.tool import Tool, Toolset, declaration
-from thinkloop.traces.events import EndReason, Event, RunStarted, ThinkloopError, Usage
+from thinkloop.traces.events import EndReason, Event, Json, RunStarted, ThinkloopError, Usage
 from thinkloop.traces.writer import TraceWriter
 
 SYSTEM = "You are a research agent. Think, call tools, read the results, and answer with what they show."
@@ -49,8 +49,12 @@ class Agent:
 
     `model` is `"mini"`, a checkpoint folder, the URL of an OpenAI-compatible server, or any `Model`; one that is
     named is loaded for the first task and kept until `aclose`. `tools` are tools, toolsets, or functions decorated
-    with `@tool`. `sampling` is how a named model samples, with `seed`. `trace` is the folder for the trace of a run
-    (one that holds none yet), None for a new one under `runs/`, False for no trace.
+    with `@tool`. `sampling` and `seed` are how a named model samples; what neither of them sets stays as the checkpoint
+    or the server has it, and a model in this process draws with seed 0. A named model in this process writes its calls
+    under a grammar where the `grammar` extra is installed, unless `grammar` is False. `response_format` (OpenAI's
+    `json_object` or `json_schema`) is the form of the answer; `forbid_repeats` keeps such a grammar from writing a call of
+    the last three steps again. `progress` is called, from another thread, while a named model is loaded. `trace` is the
+    folder for the trace of a run (one that holds none yet), None for a new one under `runs/`, False for no trace.
 
     Raises `ThinkloopError` for a model, tool or option that can't be used.
     """
@@ -61,17 +65,24 @@ class Agent:
         tools: Sequence[Tool | Toolset] = (),
         *,
         limits: Limits | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         system: str | None = None,
         sampling: Sampling | None = None,
         trace: str | Path | Literal[False] | None = None,
         model_name: str | None = None,
+        grammar: bool = True,
+        response_format: Json | None = None,
+        forbid_repeats: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self._tools = [_checked_tool(tool) for tool in tools]
         self._limits = limits or Limits()
-        self._sampling = replace(sampling, seed=seed) if sampling else None
+        if sampling is not None and seed is not None:
+            sampling = replace(sampling, seed=seed)
+        self._sampling = sampling or Sampling(seed=seed)
         self._system, self._trace = system, trace
-        self._open = _opener(model, self._sampling, seed, model_name)
+        self._response_format, self._forbid_repeats = response_format, forbid_repeats
+        self._open = _opener(model, sampling, seed, model_name, grammar, progress)
         self._model: Model | None = None if isinstance(model, str | Path) else model
         self._owned = self._model is None
         self._remote = isinstance(model, str) and is_url(model)
@@ -125,7 +136,10 @@ class Agent:
             start = self._started(task, model, tools)
             context = Context(model, start.system, task, start.tools)
             writer = stack.enter_context(self._writer(start.run_id)) if self._trace is not False else None
-            loop = Loop(start, model, context, tools, self._limits, listener=listener, journal=writer)
+            loop = Loop(
+                start, model, context, tools, self._limits, listener=listener, journal=writer,
+                response_format=self._response_format, forbid_repeats=self._forbid_repeats,
+            )  # fmt: skip
             end = await loop.run()
         return Result(
             answer=end.answer, reason=end.reason, steps=end.steps, usage=Usage(**end.usage), sources=end.sources,
@@ -143,7 +157,7 @@ class Agent:
         return RunStarted(
             run_id=uuid.uuid4().hex[:12], task=task, system=self._system if self._system is not None else own or SYSTEM,
             model=model.describe(), tools=[declaration(tool) for tool in tools.values()], limits=self._limits.to_json(),
-            sampling=asdict(self._sampling) if self._sampling else {}, version=_version(),
+            sampling=self._sampling.to_json(), version=_version(),
         )  # fmt: skip
 
     def _writer(self, run_id: str) -> TraceWriter:
@@ -156,16 +170,25 @@ async def _ignore(event: Event) -> None:
     """The listener of a run that nobody watches."""
 
 
-def _opener(model: object, sampling: Sampling | None, seed: int, model_name: str | None) -> Callable[[], Model]:
+def _opener(
+    model: object,
+    sampling: Sampling | None,
+    seed: int | None,
+    model_name: str | None,
+    grammar: bool,
+    progress: Progress | None,
+) -> Callable[[], Model]:
     if isinstance(model, str | Path):
-        return open_model(str(model), sampling=sampling, seed=seed, model_name=model_name)
+        return open_model(
+            str(model), sampling=sampling, seed=seed, model_name=model_name, grammar=grammar, progress=progress
+        )
     if not (hasattr(model, "stream") and hasattr(model, "count_tokens")):
         raise ThinkloopError(
             f'`model` is {type(model).__name__}: give "mini", a checkpoint folder, a server\'s URL, or a `Model`.'
         )
-    if sampling is not None or model_name is not None:
+    if any(option is not None for option in (sampling, seed, model_name)):
         raise ThinkloopError(
-            "`sampling` and `model_name` are for a model given by name: set them on your model instead."
+            "`sampling`, `seed` and `model_name` are for a model given by name: set them on your model instead."
         )
     return _never_opened
 

@@ -1,10 +1,10 @@
-"""The command line: `run`, `replay`, `trace`, `doctor`. What it needs is imported when a command needs it."""
+"""The command line: `run`, `replay`, `trace`, `bench`, `doctor`. What it needs is imported when a command needs it."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from thinkloop.traces.events import ThinkloopError
@@ -78,7 +78,8 @@ def thinkloop(
 
 def _option(name: str, text: str, **more: Any) -> Any:
     """An option that can also come from `THINKLOOP_<NAME>`."""
-    return typer.Option(f"--{name}", envvar=f"THINKLOOP_{name.upper().replace('-', '_')}", help=text, **more)
+    variable = name.partition("/")[0].upper().replace("-", "_")
+    return typer.Option(f"--{name}", envvar=f"THINKLOOP_{variable}", help=text, **more)
 
 
 @app.command()
@@ -100,12 +101,20 @@ def run(
     ] = None,
     max_steps: Annotated[int, _option("max-steps", "Most model turns.", min=1)] = 300,
     max_thinking: Annotated[int | None, _option("max-thinking", "Most thinking tokens a step.", min=1)] = None,
+    thinking_budget: Annotated[
+        int | None, _option("thinking-budget", "Most thinking tokens over the run.", min=1)
+    ] = None,
     max_tokens: Annotated[int | None, _option("max-tokens", "Most tokens written over the run.", min=1)] = None,
     time_limit: Annotated[float | None, _option("time-limit", "Seconds for the run.", min=0.001)] = None,
-    seed: Annotated[int, _option("seed", "Seed of the sampling.", min=0)] = 0,
+    seed: Annotated[
+        int | None, _option("seed", "Seed of the sampling.", min=0, show_default="0, a server's own")
+    ] = None,
     temperature: Annotated[
         float | None, _option("temperature", "0 is greedy.", min=0.0, show_default="the model's own")
     ] = None,
+    grammar: Annotated[
+        bool, _option("grammar/--no-grammar", "Write calls under a grammar (needs the grammar extra).")
+    ] = True,
     trace: Annotated[Path | None, _option("trace", "New folder for the record.", show_default="under runs/")] = None,
     json: Annotated[bool, _option("json", "Print events as JSON lines.")] = False,
     quiet: Annotated[bool, _option("quiet", "Print the answer alone.")] = False,
@@ -122,15 +131,16 @@ def run(
         raise typer.BadParameter("--json and --quiet exclude each other")
     request = Request(
         task=task, model=model, model_name=model_name, tools=_tool_names(tools), corpus=corpus, max_steps=max_steps,
-        max_thinking=max_thinking, max_tokens=max_tokens, time_limit=time_limit, seed=seed, temperature=temperature,
-        trace=trace, output="json" if json else "quiet" if quiet else "screen",
+        max_thinking=max_thinking, thinking_budget=thinking_budget, max_tokens=max_tokens,
+        time_limit=time_limit, seed=seed, temperature=temperature,
+        grammar=grammar, trace=trace, output="json" if json else "quiet" if quiet else "screen",
     )  # fmt: skip
     raise typer.Exit(execute(request))
 
 
 RUN_OPTIONS = frozenset({
-    "model", "model_name", "tools", "corpus", "max_steps", "max_thinking", "max_tokens", "time_limit", "seed",
-    "temperature", "trace", "json", "quiet", "debug",
+    "model", "model_name", "tools", "corpus", "max_steps", "max_thinking", "thinking_budget", "max_tokens", "time_limit", "seed",
+    "temperature", "grammar", "trace", "json", "quiet", "debug",
 })  # fmt: skip
 TOOLS = ("search", "open", "python")
 
@@ -200,12 +210,45 @@ def trace_ls(
 
 
 @app.command()
-def doctor(debug: Debug = False) -> None:
-    """Check what a run needs, and say how to mend what is missing."""
+def bench(
+    what: Annotated[Literal["decode", "prefill", "load"], typer.Argument(help="What to measure.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", help='"mini", a checkpoint folder, or "moonlight-slice", made up of random weights.'),
+    ] = "mini",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where it runs.")] = "cpu",
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Tokens a round.", show_default="128 or 16; prefill 512")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often to measure.")] = 5,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how fast a model decodes, prefills or loads here, beside what the machine can do.
+
+    Decoding is held against the speed at which memory can be read, prefilling against a large matrix product, both
+    measured between the rounds. tokens/s is the best round, all other figures are the median's.
+    """
+    from thinkloop.agent.bench_command import Request, execute
+
+    execute(Request(what=what, model=model, device=device, tokens=tokens, rounds=rounds, json=json))
+
+
+@app.command()
+def doctor(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="A checkpoint folder to look at.", show_default="this machine")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Check what a run needs, and say how to mend what is missing.
+
+    Of a checkpoint folder: what it is, whether it is whole, how much memory it takes and where it fits.
+    """
     from thinkloop.agent.doctor import examine
 
     missing = 0
-    for finding in examine():
+    for finding in examine(checkpoint):
         typer.echo(f"{_MARKS[finding.state]}  {finding.name:<11} {finding.detail}")
         if finding.fix:
             typer.echo(f"   {'':<11} -> {finding.fix}")

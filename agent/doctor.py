@@ -28,8 +28,13 @@ class Finding:
     fix: str = ""
 
 
-def examine() -> Iterator[Finding]:
-    """All findings, in order, as they are known."""
+def examine(checkpoint: Path | None = None) -> Iterator[Finding]:
+    """All findings, in order, as they are known: on this machine, or on the checkpoint in a folder."""
+    if checkpoint is not None:
+        from thinkloop.agent.checkpoint_report import examine_checkpoint
+
+        yield from examine_checkpoint(checkpoint)
+        return
     checks: tuple[Callable[[], Finding], ...] = (_python, _torch, _cores, _memory, _sandbox, _mini, _writable)
     for check in checks:
         yield check()

@@ -6,26 +6,29 @@ is tokenised with specials disallowed, so results and pages stay data.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import anyio.to_thread
 from thinkloop.agent.model import Conversation, Turn
+from thinkloop.agent.model_settings import ModelSettings
 from thinkloop.agent.timeline import Timeline
 from thinkloop.engine.params import Sampling
 from thinkloop.engine.parser import Parser
+from thinkloop.engine.stop_strings import StopStrings
 from thinkloop.engine.template import Template, template_hash
 from thinkloop.engine.tokenizer import Tokenizer
-from thinkloop.traces.events import Event, FinishReason, Json, ThinkloopError, TurnFinished, Usage
+from thinkloop.traces.events import Content, Error, Event, FinishReason, Json, ThinkloopError, TurnFinished, Usage
 
 if TYPE_CHECKING:  # torch comes with them
     from thinkloop.engine.engine import Engine
+    from thinkloop.engine.grammar import CallGrammar
     from thinkloop.engine.session import Session
 
 STOPS = ("<|im_end|>", "[EOS]", "[EOT]")
@@ -40,35 +43,13 @@ MAX_CONVERSATIONS = 8
 """Conversations whose caches are kept; one more, and the least recently used is read again if it goes on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a checkpoint says about running it, in its optional `thinkloop.json`."""
-
-    window: int | None = None
-    """Tokens of context that it was trained for, when they are fewer than `max_position_embeddings`."""
-    context_policy: Literal["hide_results", "drop_steps"] = "hide_results"
-    system: str | None = None
-    sampling: Json = field(default_factory=dict)
-    """Its own defaults, keys as in `Sampling`."""
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Settings:
-        """Reads `folder/thinkloop.json`; all defaults when there is none. Raises `ThinkloopError` for a wrong field."""
-        path = Path(folder) / "thinkloop.json"
-        if not path.is_file():
-            return cls()
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ThinkloopError(f"{path} is not readable JSON ({error}); mend or remove it.") from error
-        return _checked_settings(path, data)
-
-
 class EngineModel:
     """A `Model` on an engine of this process. Each conversation has a session of its own, so that runs may share one
     model; within a conversation one turn streams at a time.
 
-    `sampling` overrides the checkpoint's own defaults; `settings` come from its `thinkloop.json`.
+    What `sampling` sets overrides the checkpoint's own defaults; `settings` come from its `thinkloop.json`. Where the
+    `grammar` extra is installed and `grammar` isn't False, calls are written under a grammar: declared tools, the next
+    index, arguments that fit the schema. What a schema can't have enforced is told by an `Error` event, once.
     """
 
     def __init__(
@@ -78,12 +59,16 @@ class EngineModel:
         tokenizer: Tokenizer,
         sampling: Sampling | None = None,
         seed: int = 0,
-        settings: Settings | None = None,
+        settings: ModelSettings | None = None,
         name: str = "engine",
+        grammar: bool = True,
     ) -> None:
         self._engine, self._tokenizer, self._name = engine, tokenizer, name
-        self._settings = settings or Settings()
-        self._sampling = sampling or replace(Sampling(), **self._settings.sampling, seed=seed)
+        self._settings = settings or ModelSettings()
+        own = Sampling.from_json(self._settings.sampling).over(Sampling(seed=seed))
+        self._sampling = (sampling or Sampling()).over(own).resolved()
+        self._constrained = grammar and find_spec("llguidance") is not None
+        self._lapses: set[tuple[str, str]] = set()
         self._template = Template(tokenizer)
         self._stop_ids = _present(tokenizer, STOPS)
         self._open: OrderedDict[int, _Dialogue] = OrderedDict()
@@ -96,20 +81,35 @@ class EngineModel:
         sampling: Sampling | None = None,
         seed: int = 0,
         device: Literal["cpu", "cuda"] = "cpu",
+        grammar: bool = True,
+        progress: Callable[[int, int], None] | None = None,
     ) -> EngineModel:
-        """The model of a checkpoint folder, or the one that ships with thinkloop for "mini". Takes seconds.
+        """The model of a checkpoint folder, or the one that ships with thinkloop for "mini". Takes seconds or more;
+        `progress` is called with the bytes read so far and in all.
 
         Raises `ThinkloopError` for a folder that can't be loaded.
         """
         from thinkloop.engine.engine import Engine
 
-        engine = Engine.load(folder, device=device)
+        engine = Engine.load(folder, device=device, progress=progress)
         try:
-            tokenizer, settings = Tokenizer.load(engine.folder), Settings.load(engine.folder)
-            return cls(engine, tokenizer=tokenizer, sampling=sampling, seed=seed, settings=settings, name=str(folder))
+            tokenizer, settings = Tokenizer.load(engine.folder), ModelSettings.load(engine.folder)
+            model = cls(
+                engine, tokenizer=tokenizer, sampling=sampling, seed=seed, settings=settings, name=str(folder),
+                grammar=grammar,
+            )  # fmt: skip
+            model._prepare_grammar()
+            return model
         except BaseException:
             engine.close()
             raise
+
+    def _prepare_grammar(self) -> None:
+        """Now rather than in the first turn: 0.8 s for a vocabulary of 163,840."""
+        if self._constrained:
+            from thinkloop.engine.vocabulary import vocabulary
+
+            _ = vocabulary(self._tokenizer).llguidance
 
     @property
     def name(self) -> str:
@@ -140,7 +140,8 @@ class EngineModel:
             "template": template_hash(),
             "window": self.window,
             "context_policy": self.context_policy,
-            "sampling": asdict(self._sampling),
+            "sampling": self._sampling.to_json(),
+            "grammar": "llguidance" if self._constrained else None,
         }
 
     def count_tokens(self, text: str) -> int:
@@ -168,29 +169,64 @@ class EngineModel:
     async def _turn(self, conversation: Conversation, tools: Sequence[Json], turn: Turn) -> AsyncIterator[Event]:
         dialogue = self._dialogue(conversation)
         with dialogue:
-            clock = _Clock()
-            prompt_ids, cached = await self._read(dialogue, tools)
+            asked, before = perf_counter(), _Counted.of(dialogue.session)
+            prompt_ids, kept = await self._read(dialogue, tools)
+            read = perf_counter() - asked
             parser = Parser(self._tokenizer, tools, dialogue.timeline.next_index)
             start, sampled, thinking = len(dialogue.session), list[int](), 0
-            async with aclosing(dialogue.session.generate(**self._limits(turn, start))) as tokens:
+            stops = StopStrings(self._sampling.stop)
+            grammar = self._grammar(dialogue, tools, turn)
+            stream = dialogue.session.generate(**self._limits(turn, start), constraint=grammar)
+            async with aclosing(stream) as tokens:
                 async for token_id in tokens:
-                    clock.token()
                     sampled.append(token_id)
                     dialogue.timeline.sampled(token_id)
                     thinking += parser.state == "thinking" and token_id < self._tokenizer.n_ranks
-                    for event in parser.feed(token_id):
+                    for event in _shown(parser.feed(token_id), stops):
                         dialogue.timeline.note(event)
                         yield event
+                    if stops.hit is not None:
+                        break
             reason = _reason(dialogue.session.finish_reason, parser)
-            for event in parser.finish(reason):
+            for event in [*_shown(parser.finish(reason), stops), *_text(stops.finish())]:
                 dialogue.timeline.note(event)
                 yield event
             rng_position = dialogue.session.rng_position
+            stats, counted = stream.stats, _Counted.of(dialogue.session)
+        for event in self._new_lapses(grammar):
+            yield event
         yield Usage(
-            prompt_tokens=start, completion_tokens=len(sampled), cached_tokens=cached, thinking_tokens=thinking,
-            prefill_seconds=clock.prefill, decode_seconds=clock.decode,
+            prompt_tokens=start, completion_tokens=len(sampled), thinking_tokens=thinking,
+            cached_tokens=kept + counted.reused - before.reused,
+            prefilled_tokens=counted.prefilled - before.prefilled,
+            queue_seconds=stats.queue_seconds,
+            prefill_seconds=read + stats.queue_seconds + stats.first_token_seconds,
+            decode_seconds=stats.decode_seconds, decoding_passes=stats.passes,
+            drafted_tokens=stats.drafted, accepted_tokens=stats.accepted,
         )  # fmt: skip
         yield TurnFinished(reason=reason, prompt_ids=prompt_ids, token_ids=sampled, rng_position=rng_position)
+
+    def _grammar(self, dialogue: _Dialogue, tools: Sequence[Json], turn: Turn) -> CallGrammar | None:
+        if not self._constrained:
+            if turn.response_format or turn.forbidden:
+                raise ThinkloopError(
+                    "`response_format` and `forbid_repeats` need the grammar: pip install 'thinkloop[grammar]', and leave"
+                    " `grammar` on."
+                )
+            return None
+        from thinkloop.engine.grammar import CallGrammar  # torch comes with it
+
+        return CallGrammar(
+            self._tokenizer, tools, next_index=dialogue.timeline.next_index, tool_choice=turn.tool_choice,
+            response_format=turn.response_format, forbidden=turn.forbidden,
+        )  # fmt: skip
+
+    def _new_lapses(self, grammar: CallGrammar | None) -> Iterator[Error]:
+        """What the grammar doesn't enforce and wasn't told before."""
+        for lapse in (grammar.unsupported if grammar else {}).items():
+            if lapse not in self._lapses:
+                self._lapses.add(lapse)
+                yield Error(where=f"grammar: {lapse[0]}", message=lapse[1], recovered=True)
 
     async def _read(self, dialogue: _Dialogue, tools: Sequence[Json]) -> tuple[list[int], int]:
         """Brings the session up to the model's turn: the ids appended, and how many tokens were there already."""
@@ -225,13 +261,15 @@ class EngineModel:
             "think_end_id": self._tokenizer.think_end,
             "max_thinking": turn.max_thinking if self._tokenizer.think_end is not None else None,
             "call_ids": calls,
-            "banned_ids": calls if turn.tool_choice == "none" else (),
+            "banned_ids": calls if turn.tool_choice == "none" and not self._constrained else (),
         }
 
     def _dialogue(self, conversation: Conversation) -> _Dialogue:
         held = self._open.pop(id(conversation), None)
         if held is None:
-            held = _Dialogue(Timeline(conversation, self._template), self._engine.session(sampling=self._sampling))
+            held = _Dialogue(
+                Timeline(conversation, self._template), self._engine.session(replace(self._sampling, stop=()))
+            )
         return self._keep(held)
 
     def _keep(self, dialogue: _Dialogue) -> _Dialogue:
@@ -263,25 +301,29 @@ class _Dialogue:
             self.session.close()
 
 
-class _Clock:
-    """Seconds up to the first token, and from it on."""
+class _Counted(NamedTuple):
+    """A session's counters at a moment."""
 
-    def __init__(self) -> None:
-        self._start = self._first = self._last = perf_counter()
-        self._begun = False
+    prefilled: int
+    reused: int
 
-    def token(self) -> None:
-        self._last = perf_counter()
-        if not self._begun:
-            self._begun, self._first = True, self._last
+    @classmethod
+    def of(cls, session: Session) -> _Counted:
+        return cls(session.prefilled_tokens, session.reused_tokens)
 
-    @property
-    def prefill(self) -> float:
-        return self._first - self._start
 
-    @property
-    def decode(self) -> float:
-        return self._last - self._first
+def _shown(events: Iterable[Event], stops: StopStrings) -> Iterator[Event]:
+    """The events, content only as far as no stop string was written."""
+    for event in events:
+        if isinstance(event, Content):
+            yield from _text(stops.feed(event.text))
+        else:
+            yield event
+
+
+def _text(text: str) -> Iterator[Content]:
+    if text:
+        yield Content(text=text)
 
 
 def _present(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[int, ...]:
@@ -292,29 +334,3 @@ def _reason(finish: str | None, parser: Parser) -> FinishReason:
     if finish == "length":
         return "length"
     return "tool_calls" if parser.calls else "stop"
-
-
-def _checked_settings(path: Path, data: Any) -> Settings:
-    if not isinstance(data, dict):
-        raise ThinkloopError(f"{path} holds {type(data).__name__}, expected a JSON object; mend or remove it.")
-    for key, value in data.items():
-        allowed = _FIELDS.get(key)
-        if allowed is None:
-            raise ThinkloopError(f"{path} has an unknown field {key!r}; known: {', '.join(_FIELDS)}.")
-        if not allowed[0](value):
-            raise ThinkloopError(f"{path}: {key} is {value!r}, but must be {allowed[1]}.")
-    return Settings(**data)
-
-
-def _is_sampling(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() <= _SAMPLING
-
-
-_SAMPLING = {f.name for f in fields(Sampling)}
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "window": (lambda v: v is None or (type(v) is int and v > 0), "a number of tokens"),
-    "context_policy": (lambda v: v in ("hide_results", "drop_steps"), '"hide_results" or "drop_steps"'),
-    "system": (lambda v: v is None or isinstance(v, str), "a text"),
-    "sampling": (_is_sampling, f"an object with some of {', '.join(sorted(_SAMPLING))}"),
-}
-"""Fields of `thinkloop.json`: what is allowed, and how to say it."""

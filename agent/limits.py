@@ -26,7 +26,8 @@ class Limits:
     """Bounds of one run; None means no bound. A run that meets one ends with an answer, never with an exception.
 
     `steps` counts model turns, the answer's included. `tokens` counts what the model samples over the run, thinking
-    included. `thinking_per_step` is in tokens, `seconds` is wall time, `cost` is in the currency of the model's prices.
+    included. `thinking_per_step` and `thinking`, over the run, are in tokens: past them an engine of this process closes the
+    thinking itself (a remote server can't be made to). `seconds` is wall time, `cost` is in the currency of the model's prices.
     `bad_turns` is how many turns in a row may hold nothing but calls that can't be run.
 
     Raises `ThinkloopError` for a bound that isn't a positive number.
@@ -35,6 +36,7 @@ class Limits:
     steps: int = 300
     tokens: int | None = None
     thinking_per_step: int | None = None
+    thinking: int | None = None
     seconds: float | None = None
     cost: float | None = None
     bad_turns: int = 5
@@ -47,7 +49,7 @@ class Limits:
         return asdict(self)
 
 
-_WHOLE = ("steps", "tokens", "thinking_per_step", "bad_turns")
+_WHOLE = ("steps", "tokens", "thinking_per_step", "thinking", "bad_turns")
 _REQUIRED = ("steps", "bad_turns")
 
 
@@ -92,6 +94,15 @@ class Meter:
         """Tokens that the model may still sample before the last step; None without a limit."""
         tokens = self.limits.tokens
         return None if tokens is None else max(tokens - self.usage.completion_tokens, 0)
+
+    @property
+    def thinking_allowed(self) -> int | None:
+        """Thinking tokens of the next step; None without a limit. One is always left: a turn opens with it."""
+        limits = self.limits
+        if limits.thinking is None:
+            return limits.thinking_per_step
+        left = max(limits.thinking - self.usage.thinking_tokens, 1)
+        return min(left, limits.thinking_per_step or left)
 
     def add(self, usage: Usage) -> None:
         """Adds one turn's counts and times to the sums."""

@@ -26,6 +26,7 @@ from thinkloop.traces.events import (
     EndReason,
     Error,
     Event,
+    Json,
     LimitReached,
     RunFinished,
     RunStarted,
@@ -66,10 +67,12 @@ class Loop:
 
     def __init__(
         self, start: RunStarted, model: Model, context: Context, tools: Mapping[str, Tool], limits: Limits,
-        *, listener: Listener, journal: Journal | None = None,
+        *, listener: Listener, journal: Journal | None = None, response_format: Json | None = None,
+        forbid_repeats: bool = False,
     ) -> None:  # fmt: skip
         self._start, self._model, self._context, self._tools = start, model, context, tools
         self._listener, self._journal = listener, journal
+        self._response_format, self._forbid_repeats = response_format, forbid_repeats
         self._meter = Meter(limits)
         self._dispatcher = Dispatcher(tools)
         self._turn: TurnRecord | None = None
@@ -141,12 +144,13 @@ class Loop:
     async def _model_turn(self, *, final: bool) -> TurnRecord:
         self._turn = turn = TurnRecord()
         deadline = self._meter.answer_deadline if final else self._meter.work_deadline
+        ask, allowed = self._ask(final), self._meter.thinking_allowed
         with anyio.CancelScope(deadline=deadline) as scope:
-            await self._stream_turn(turn, self._ask(final))
+            await self._stream_turn(turn, ask)
         if not scope.cancelled_caught:
             turn.end()
         self._keep(turn)
-        await self._note_thinking(turn.usage)
+        await self._note_thinking(turn.usage, allowed)
         return turn
 
     async def _stream_turn(self, turn: TurnRecord, ask: Turn) -> None:
@@ -164,15 +168,21 @@ class Loop:
             self._outside += perf_counter() - started
 
     def _ask(self, final: bool) -> Turn:
-        room, thinking = self._context.max_tokens(final), self._meter.limits.thinking_per_step
+        room, thinking = self._context.max_tokens(final), self._meter.thinking_allowed
         tokens_left = self._meter.tokens_left
         if not final:
             room = room if tokens_left is None else max(min(room, tokens_left), 1)
-            return Turn(max_tokens=room, max_thinking=thinking)
+            forbidden = self._dispatcher.repetition.recent() if self._forbid_repeats else ()
+            return Turn(
+                max_tokens=room, max_thinking=thinking, response_format=self._response_format, forbidden=forbidden
+            )
         # Half of the last step's room is for the answer itself: thinking must not eat it all.
         room = room if tokens_left is None else min(room, self._context.reserve)
         half = max(room // 2, 1)
-        return Turn(max_tokens=room, max_thinking=min(thinking or half, half), tool_choice="none")
+        return Turn(
+            max_tokens=room, max_thinking=min(thinking or half, half), tool_choice="none",
+            response_format=self._response_format,
+        )  # fmt: skip
 
     def _keep(self, turn: TurnRecord) -> None:
         self._best = turn.text.strip() or self._best
@@ -181,8 +191,7 @@ class Loop:
         if not turn.is_blank:
             self._context.append_turn(turn.message(), turn.usage)
 
-    async def _note_thinking(self, usage: Usage | None) -> None:
-        allowed = self._meter.limits.thinking_per_step
+    async def _note_thinking(self, usage: Usage | None, allowed: int | None) -> None:
         if allowed and usage and usage.thinking_tokens >= allowed:
             text = f"thinking was closed at the limit of {allowed:,} tokens"
             used = usage.thinking_tokens

@@ -32,6 +32,10 @@ class Turn:
     """The most thinking tokens; a model that can enforces it by writing the end of thinking itself."""
     tool_choice: Literal["auto", "none"] = "auto"
     """`none` on the last step: the model must answer."""
+    response_format: Json | None = None
+    """The form of the answer, as OpenAI has it: `json_object` or `json_schema`."""
+    forbidden: tuple[tuple[str, str], ...] = ()
+    """Calls that must not come again, tool and argument text; a model that writes by a grammar can't write them."""
 
 
 class Model(Protocol):

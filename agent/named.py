@@ -10,6 +10,8 @@ from thinkloop.engine.params import Sampling
 from thinkloop.traces.events import ThinkloopError
 
 MINI = "mini"
+Progress = Callable[[int, int], None]
+"""Called with the bytes of a checkpoint read so far, and in all."""
 
 
 def is_url(name: str) -> bool:
@@ -17,8 +19,12 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def open_model(name: str, *, sampling: Sampling | None, seed: int, model_name: str | None) -> Callable[[], Model]:
-    """What opens the model called `name`; calling it may take seconds. Raises `ThinkloopError` when there is none."""
+def open_model(
+    name: str, *, sampling: Sampling | None, seed: int | None, model_name: str | None, grammar: bool,
+    progress: Progress | None,
+) -> Callable[[], Model]:  # fmt: skip
+    """What opens the model called `name`; calling it may take seconds. What `sampling` and `seed` leave open is the
+    checkpoint's or the server's to say. Raises `ThinkloopError` when there is no such model."""
     if is_url(name):
         if not model_name:
             raise ThinkloopError(f"Which model of {name}? A server needs its name: `model_name=` (--model-name NAME).")
@@ -26,20 +32,20 @@ def open_model(name: str, *, sampling: Sampling | None, seed: int, model_name: s
     if model_name is not None:
         raise ThinkloopError(f"`model_name` is for a server given by URL; {name!r} is not a URL.")
     if name == MINI or Path(name).is_dir():
-        return lambda: _engine(name, sampling, seed)
+        return lambda: _engine(name, sampling, seed, grammar, progress)
     raise ThinkloopError(
         f'There is no model {name!r}: give "{MINI}", an existing checkpoint folder, or the http(s) URL of an '
         "OpenAI-compatible server."
     )
 
 
-def _engine(name: str, sampling: Sampling | None, seed: int) -> Model:
+def _engine(name: str, sampling: Sampling | None, seed: int | None, grammar: bool, progress: Progress | None) -> Model:
     from thinkloop.agent.engine_model import EngineModel  # brings torch: only a run needs it
 
-    return EngineModel.load(name, sampling=sampling, seed=seed)
+    return EngineModel.load(name, sampling=sampling, seed=seed or 0, grammar=grammar, progress=progress)
 
 
-def _remote(url: str, sampling: Sampling | None, seed: int, model_name: str | None) -> Model:
+def _remote(url: str, sampling: Sampling | None, seed: int | None, model_name: str | None) -> Model:
     from thinkloop.agent.remote_model import RemoteModel
 
     return RemoteModel(url, model_name, sampling=sampling, seed=seed)

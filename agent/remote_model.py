@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from thinkloop.agent.markers import MarkerSplitter, Piece
@@ -54,8 +54,8 @@ class RemoteModel:
     """Implements `agent.model.Model` over HTTP.
 
     The key comes from the environment variable `api_key_env`, or, when that is the default and unset, from
-    `OPENAI_API_KEY`. `window` is the server's context in tokens. Without `sampling` and `seed` the server's defaults
-    apply; a seed alone comes with `Sampling`'s own.
+    `OPENAI_API_KEY`. `window` is the server's context in tokens. Only what `sampling` and `seed` set is sent; the
+    server's own defaults apply to the rest.
     A thinking budget (`Turn.max_thinking`) can't be enforced over this interface and is not.
 
     A turn that breaks off in the middle is asked for once more: an `Error` event with `where` `RESTARTED` comes first,
@@ -107,7 +107,7 @@ class RemoteModel:
 
     def describe(self) -> Json:
         """Name, kind, address, window and sampling; never the key."""
-        sampling = asdict(self._sampling) if self._sampling else None
+        sampling = self._sampling.to_json() if self._sampling else {}
         return {"name": self.name, "kind": "remote", "url": self._client.base_url, "window": self._window,
                 "sampling": sampling}  # fmt: skip
 
@@ -140,7 +140,9 @@ class RemoteModel:
         self, messages: list[Json], tools: Sequence[Json], turn: Turn, size: int, first_index: int
     ) -> AsyncGenerator[Event, None]:
         reading = _TurnReading(tools, first_index)
-        stream = self._client.stream(messages, tools, max_tokens=turn.max_tokens, tool_choice=turn.tool_choice)
+        stream = self._client.stream(
+            messages, tools, max_tokens=turn.max_tokens, tool_choice=turn.tool_choice, response_format=turn.response_format,
+        )  # fmt: skip
         async with contextlib.aclosing(stream) as events:
             async for event in events:
                 for out in reading.read(event):

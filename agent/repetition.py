@@ -42,6 +42,7 @@ class Repetition:
         self._matches = [0] * (LONGEST_CYCLE + 1)
         self._first_ids: deque[dict[str, str]] = deque(maxlen=LONGEST_CYCLE)
         self._repeats: dict[str, int] = {}
+        self._calls: deque[Sequence[ToolCall]] = deque(maxlen=LONGEST_CYCLE)
 
     def step(self, calls: Sequence[ToolCall], keys: Sequence[str]) -> None:
         """Takes in one step's calls (none for a step without), with their keys."""
@@ -52,6 +53,11 @@ class Repetition:
         ids = {key: call.id for call, key in zip(reversed(calls), reversed(keys), strict=True)}
         self._first_ids.append({key: self.first_id(key) or ids[key] for key in step})
         self._recent.append(step)
+        self._calls.append(calls)
+
+    def recent(self) -> tuple[tuple[str, str], ...]:
+        """The well-formed calls of the last steps: tool and argument text."""
+        return tuple((call.name, call.raw) for calls in self._calls for call in calls if call.arguments is not None)
 
     def repeats(self, key: str) -> int:
         """How many times in a row the call has been made, this step included; 0 when it isn't in this step."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 INTERRUPTED = 130
+_WORTH_SHOWING = 1 << 28
+"""Bytes of a checkpoint from which loading takes seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +39,12 @@ class Request:
     corpus: Path | None = None
     max_steps: int = 300
     max_thinking: int | None = None
+    thinking_budget: int | None = None
     max_tokens: int | None = None
     time_limit: float | None = None
-    seed: int = 0
+    seed: int | None = None
     temperature: float | None = None
+    grammar: bool = True
     trace: Path | None = None
     output: Literal["screen", "json", "quiet"] = "screen"
 
@@ -110,13 +114,20 @@ def _agent(request: Request, folder: Path) -> Agent:
 
     limits = Limits(
         steps=request.max_steps, tokens=request.max_tokens, thinking_per_step=request.max_thinking,
-        seconds=request.time_limit,
+        thinking=request.thinking_budget, seconds=request.time_limit,
     )  # fmt: skip
     sampling = None if request.temperature is None else Sampling(temperature=request.temperature)
     return Agent(
         request.model, _toolsets(request), limits=limits, seed=request.seed, sampling=sampling, trace=folder,
-        model_name=request.model_name,
+        model_name=request.model_name, grammar=request.grammar, progress=_loading if request.output == "screen" else None,
     )  # fmt: skip
+
+
+def _loading(done: int, total: int) -> None:
+    """A line that counts the gigabytes, where that takes long enough to be looked at."""
+    if total >= _WORTH_SHOWING and sys.stderr.isatty():
+        end = "\n" if done >= total else ""
+        print(f"\rloading the model: {done / 1e9:.1f} of {total / 1e9:.1f} GB", end=end, file=sys.stderr, flush=True)
 
 
 def _toolsets(request: Request) -> list[Tool | Toolset]:

@@ -177,7 +177,7 @@ class Status:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now, self._started = now, now()
         self._step, self._steps, self._window = 0, 0, 0
-        self._context, self._rate = 0, 0.0
+        self._context, self._rate, self._reused = 0, 0.0, 0.0
         self._deltas, self._first_delta = 0, 0.0
 
     def note(self, event: Event) -> None:
@@ -198,6 +198,7 @@ class Status:
 
     def _take(self, usage: Usage) -> None:
         self._context = usage.prompt_tokens + usage.completion_tokens
+        self._reused = usage.cached_tokens / usage.prompt_tokens if usage.prompt_tokens else 0.0
         seconds = usage.decode_seconds or (self._now() - self._first_delta if self._deltas else 0.0)
         self._rate = usage.completion_tokens / seconds if seconds >= LEAST_SECONDS else 0.0
         self._deltas = 0
@@ -216,6 +217,7 @@ class Status:
         share = f"/{self._window:,} ({100 * context / self._window:.0f} %)" if self._window else " tokens"
         parts.append(f"context {context:,}{share}")
         parts += [f"{self.rate:,.0f} tokens/s"] if self.rate else []
+        parts += [f"{self._reused:.0%} reused"] if self._reused else []
         parts.append(clock(elapsed))
         frame = SPINNER[int(elapsed * 8) % len(SPINNER)]
         return Text(f"{frame} {' · '.join(parts)}", style="bold magenta", no_wrap=True, overflow="ellipsis")

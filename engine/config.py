@@ -1,52 +1,62 @@
 """What a checkpoint's `config.json` says about the maths: one frozen description for the whole K2 / DeepSeek family.
 
 Fields keep their published names. A field that would change the result in a way this engine doesn't compute is an error
-that names it; fields that only matter in training are ignored.
+that names it, and so is a field it doesn't know; fields that only matter in training are ignored.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from thinkloop.traces.events import ThinkloopError
+from thinkloop.engine.config_fields import ConfigError, Fields, read_object
+from thinkloop.engine.quantisation import INT4_GROUP, Quantisation, read_quantisation
 
-Json = Mapping[str, Any]
+__all__ = ["ConfigError", "ModelConfig", "Yarn", "yarn_mscale"]
 
-INT4_GROUP = 32
+Scoring = Literal["sigmoid", "softmax"]
+TopkMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 
-_FAMILY = {"kimi_k2": "v3", "deepseek_v3": "v3", "deepseek_v2": "v2", "deepseek": "v2"}
-_MUST_BE: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "hidden_act": ("silu",),
-    "rope_interleave": (True, None),
-    "pretraining_tp": (1, None),
-    "index_topk": (None,),
-    "sliding_window": (None,),
-    "use_qk_norm": (False, None),
+_ROUTERS: dict[str, tuple[Scoring, tuple[TopkMethod, ...]]] = {
+    "kimi_k2": ("sigmoid", ("noaux_tc",)),
+    "deepseek_v3": ("sigmoid", ("noaux_tc",)),
+    "deepseek_v2": ("softmax", ("greedy", "group_limited_greedy")),
 }
-_ROPE_FIELDS = {
-    "type", "rope_type", "rope_theta", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-    "original_max_position_embeddings", "partial_rotary_factor", "truncate", "attention_factor",
-}  # fmt: skip
-_REQUIRED = (
+"""The router in each model type's published code: how experts are scored, and the ways to choose, the default first."""
+
+_POSITIVE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rms_norm_eps", "max_position_embeddings",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings",
 )  # fmt: skip
-
-
-class ConfigError(ThinkloopError):
-    """A `config.json` that can't be read, or that asks for maths this engine doesn't have."""
+_READ = (
+    *_POSITIVE, "model_type", "q_lora_rank", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+    "tie_word_embeddings", "num_nextn_predict_layers", "num_key_value_heads", "head_dim", "qk_head_dim",
+    "quantization_config", "eos_token_id", "n_routed_experts", "first_k_dense_replace", "moe_layer_freq",
+    "moe_intermediate_size", "num_experts_per_tok", "n_shared_experts", "routed_scaling_factor", "scoring_func",
+    "topk_method", "n_group", "topk_group", "norm_topk_prob",
+)  # fmt: skip
+_ONE_VALUE: dict[str, Any] = {
+    "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rope_interleave": True, "pretraining_tp": 1,
+    "use_qk_norm": False, "chunk_size_feed_forward": 0, "is_encoder_decoder": False,
+}  # fmt: skip
+_NO_PART_IN_THE_MATHS = (
+    "architectures", "auto_map", "attention_dropout", "aux_loss_alpha", "bos_token_id", "dtype", "ep_size", "id2label",
+    "initializer_range", "label2id", "output_attentions", "output_hidden_states", "output_router_logits",
+    "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef", "seq_aux", "torch_dtype",
+    "transformers_version", "unsloth_fixed", "use_cache",
+)  # fmt: skip
+_ROPE = (
+    "type", "rope_type", "rope_theta", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    "original_max_position_embeddings", "partial_rotary_factor", "truncate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Yarn:
-    """YaRN parameters under their published names."""
+    """YaRN parameters under their published names, with the published code's defaults."""
 
     factor: float
     original_max_position_embeddings: int
@@ -70,6 +80,12 @@ class ModelConfig:
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
+    first_layer: int = 0
+    """Where a slice of a model begins in its checkpoint (see `sliced`)."""
+    depth: int
+    """Decoder layers of the whole checkpoint; `num_hidden_layers` of them are in use."""
+    num_nextn_predict_layers: int = 0
+    """Layers for multi-token prediction, stored after the decoder's own and not used here (DeepSeek-V3/R1: one)."""
     num_attention_heads: int
     q_lora_rank: int | None
     kv_lora_rank: int
@@ -91,15 +107,19 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     n_shared_experts: int = 0
     routed_scaling_factor: float = 1.0
-    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
-    topk_method: Literal["noaux_tc", "greedy"] = "noaux_tc"
+    scoring_func: Scoring = "sigmoid"
+    topk_method: TopkMethod = "noaux_tc"
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
-    int4_experts: bool = False
-    """Routed experts are stored as compressed-tensors `pack-quantized` INT4, group 32, symmetric."""
-    torch_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantisation: Quantisation = "none"
+    """How the checkpoint stores its weights: `int4` packs the routed experts, `fp8` any projection."""
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def int4_experts(self) -> bool:
+        """Whether routed experts are packed INT4, and stay so in memory."""
+        return self.quantisation == "int4"
 
     @property
     def qk_head_dim(self) -> int:
@@ -120,202 +140,172 @@ class ModelConfig:
 
     @property
     def rope_multiplier(self) -> float:
-        """Factor on cos and sin: 1 for every published model of the family."""
+        """Factor on cos and sin: 1 for every published model of the family. The published code's formula, which takes
+        a missing `mscale_all_dim` for 0; transformers ignores `mscale` then."""
         if self.yarn is None:
             return 1.0
         return yarn_mscale(self.yarn.factor, self.yarn.mscale) / yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim)
 
     def is_moe(self, layer: int) -> bool:
-        """Whether `layer` (from 0) has experts instead of one dense MLP."""
-        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+        """Whether `layer` (from 0, in the slice if it is one) has experts instead of one dense MLP."""
+        index = self.first_layer + layer
+        return self.n_routed_experts > 0 and index >= self.first_k_dense_replace and index % self.moe_layer_freq == 0
 
     def with_lora_norm_eps(self, eps: float) -> ModelConfig:
         """The same model with another eps in `q_a_layernorm` and `kv_a_layernorm`."""
         return replace(self, lora_norm_eps=eps)
 
+    def sliced(self, layers: range) -> ModelConfig:
+        """The model that embeds, runs only `layers` (in the checkpoint's numbering) and applies norm and head: for
+        measuring a piece of a model that is too large. Raises `ConfigError`."""
+        if layers.step != 1 or not 0 <= layers.start < layers.stop <= self.depth:
+            raise ConfigError(f"{layers} is no slice of {self.depth} layers. Use range(first, last + 1).")
+        return replace(self, first_layer=layers.start, num_hidden_layers=len(layers))
+
     @classmethod
     def load(cls, folder: str | Path) -> ModelConfig:
         """Reads `folder/config.json` (and the stop ids of `generation_config.json`). Raises `ConfigError`."""
         path = Path(folder) / "config.json"
-        data = _read_json(path)
+        data = read_object(path)
         generation = Path(folder) / "generation_config.json"
         stop = _ids(data.get("eos_token_id"))
         if generation.is_file():
-            stop += [i for i in _ids(_read_json(generation).get("eos_token_id")) if i not in stop]
+            stop += [i for i in _ids(read_object(generation).get("eos_token_id")) if i not in stop]
         return cls.from_json(data, where=str(path), eos_token_ids=tuple(stop))
 
     @classmethod
-    def from_json(cls, data: Json, *, where: str = "config.json", eos_token_ids: tuple[int, ...] = ()) -> ModelConfig:
+    def from_json(
+        cls, data: Mapping[str, Any], *, where: str = "config.json", eos_token_ids: tuple[int, ...] = ()
+    ) -> ModelConfig:
         """The description of a parsed `config.json`. Raises `ConfigError` naming the field that can't be honoured."""
-        reader = _Reader(data, where)
-        reader.check()
-        theta, yarn = reader.rope()
+        fields = Fields(data, where)
+        _check(fields)
+        theta, yarn = _rope(fields)
+        sizes: dict[str, Any] = {name: fields.whole(name) for name in _POSITIVE}
         return cls(
             model_type=data["model_type"],
-            **{name: data[name] for name in _REQUIRED},
-            q_lora_rank=data.get("q_lora_rank"),
+            **sizes,
+            depth=fields.whole("num_hidden_layers"),
+            num_nextn_predict_layers=fields.whole("num_nextn_predict_layers", 0, least=0),
+            q_lora_rank=fields.whole("q_lora_rank") if fields.get("q_lora_rank") is not None else None,
+            rms_norm_eps=fields.number("rms_norm_eps"),
             rope_theta=theta,
             yarn=yarn,
-            tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
-            int4_experts=reader.int4(),
-            torch_dtype=reader.dtype(),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            quantisation=read_quantisation(fields),
             eos_token_ids=eos_token_ids or tuple(_ids(data.get("eos_token_id"))),
-            **reader.experts(),
+            **_experts(fields),
         )
 
 
-class _Reader:
-    """Reads one config, with the file's name at hand for errors."""
+def _check(fields: Fields) -> None:
+    if fields.get("model_type") not in _ROUTERS:
+        raise fields.refuse("model_type", f"but this engine runs {', '.join(map(repr, _ROUTERS))}")
+    fields.known((*_READ, *_ONE_VALUE, *_NO_PART_IN_THE_MATHS))
+    fields.only(**_ONE_VALUE)
+    heads, rope = fields.whole("num_attention_heads"), fields.whole("qk_rope_head_dim")
+    if fields.get("num_key_value_heads", heads) != heads:
+        raise fields.refuse("num_key_value_heads", f"but latent attention needs it equal to {heads} heads")
+    if rope % 2:
+        raise fields.refuse("qk_rope_head_dim", "but rotation needs pairs")
+    whole = rope + fields.whole("qk_nope_head_dim")
+    if fields.get("qk_head_dim", whole) != whole:
+        raise fields.refuse("qk_head_dim", f"but qk_nope_head_dim and qk_rope_head_dim make {whole}")
+    if fields.get("head_dim", rope) not in (rope, whole):
+        raise fields.refuse("head_dim", f"but rotation takes qk_rope_head_dim = {rope} values a head")
 
-    def __init__(self, data: Json, where: str) -> None:
-        self.data, self.where = data, where
 
-    def refuse(self, field: str, value: Any, why: str) -> ConfigError:
-        return ConfigError(
-            f"{self.where}: `{field}` is {value!r}, {why}. Use a checkpoint of the Kimi-K2 / DeepSeek-V3 family in its"
-            " published form."
-        )
+def _rope(fields: Fields) -> tuple[float, Yarn | None]:
+    """Theta and YaRN, from the published spelling (`rope_scaling`) or that of transformers 5 (`rope_parameters`)."""
+    found = [(name, _rope_of(fields, name)) for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    if not found:
+        return fields.number("rope_theta", 10000.0), None
+    (_, first), *others = found
+    if any(other != first for _, other in others):
+        raise fields.refuse("rope_scaling", "but `rope_parameters` says something else")
+    return first
 
-    def check(self) -> None:
-        family = self.data.get("model_type")
-        if family not in _FAMILY:
-            raise self.refuse("model_type", family, f"but this engine runs {', '.join(map(repr, _FAMILY))}")
-        for field in _REQUIRED:
-            value = self.data.get(field)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-                raise self.refuse(field, value, "but a positive number is needed")
-        for field, allowed in _MUST_BE.items():
-            if self.data.get(field, allowed[-1]) not in allowed:
-                raise self.refuse(field, self.data[field], "which this engine doesn't compute")
-        heads, kv_heads = self.data["num_attention_heads"], self.data.get("num_key_value_heads")
-        if kv_heads not in (None, heads):
-            raise self.refuse("num_key_value_heads", kv_heads, f"but latent attention needs it equal to {heads} heads")
-        if self.data["qk_rope_head_dim"] % 2:
-            raise self.refuse("qk_rope_head_dim", self.data["qk_rope_head_dim"], "but rotation needs pairs")
 
-    def rope(self) -> tuple[float, Yarn | None]:
-        old, new = self.data.get("rope_scaling"), self.data.get("rope_parameters")
-        name = "rope_parameters" if new else "rope_scaling"
-        rope: Json = new or old or {}
-        theta = rope.get("rope_theta", self.data.get("rope_theta", 10000.0))
-        if "rope_theta" in self.data and self.data["rope_theta"] != theta:
-            raise self.refuse("rope_theta", self.data["rope_theta"], f"but `{name}.rope_theta` says {theta}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "default":
-            return float(theta), None
-        self._check_yarn(name, kind, rope)
-        factors = {
-            field: float(rope[field])
-            for field in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-            if rope.get(field) is not None
-        }
-        return float(theta), Yarn(original_max_position_embeddings=rope["original_max_position_embeddings"], **factors)
+def _rope_of(fields: Fields, name: str) -> tuple[float, Yarn | None]:
+    rope = fields.nested(name)
+    assert rope is not None
+    theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
+    if fields.get("rope_theta", theta) != theta:
+        raise fields.refuse("rope_theta", f"but `{name}.rope_theta` says {theta}")
+    rope.known(_ROPE)
+    rope.only(partial_rotary_factor=1.0, truncate=True)
+    kind_field = "rope_type" if "rope_type" in rope else "type"
+    kind = rope.get(kind_field, "default")
+    if rope.get("type", kind) != kind:
+        raise rope.refuse("type", f"but `{name}.rope_type` says {kind!r}")
+    if kind not in ("default", "yarn"):
+        raise rope.refuse(kind_field, "but this engine knows 'yarn' and 'default'")
+    return theta, _yarn(rope) if kind == "yarn" else None
 
-    def _check_yarn(self, name: str, kind: Any, rope: Json) -> None:
-        if kind != "yarn":
-            raise self.refuse(f"{name}.type", kind, "but this engine knows 'yarn' and 'default'")
-        for field in ("factor", "original_max_position_embeddings"):
-            if field not in rope:
-                raise self.refuse(f"{name}.{field}", None, "but YaRN needs it")
-        for field in sorted(set(rope) - _ROPE_FIELDS):
-            raise self.refuse(f"{name}.{field}", rope[field], "a field this engine doesn't know")
-        for field, only in (("partial_rotary_factor", 1.0), ("truncate", True), ("attention_factor", None)):
-            if rope.get(field, only) not in (only, None):
-                raise self.refuse(f"{name}.{field}", rope[field], f"but only {only!r} is computed")
 
-    def experts(self) -> dict[str, Any]:
-        routed = self.data.get("n_routed_experts") or 0
-        if not routed:
-            return {}
-        v3 = _FAMILY[self.data["model_type"]] == "v3"
-        values = {
-            "n_routed_experts": routed,
-            "first_k_dense_replace": self.data.get("first_k_dense_replace") or 0,
-            "moe_layer_freq": self.data.get("moe_layer_freq") or 1,
-            "moe_intermediate_size": self.data.get("moe_intermediate_size"),
-            "num_experts_per_tok": self.data.get("num_experts_per_tok"),
-            "n_shared_experts": self.data.get("n_shared_experts") or 0,
-            "routed_scaling_factor": float(self.data.get("routed_scaling_factor", 1.0)),
-            "scoring_func": self.data.get("scoring_func", "sigmoid" if v3 else "softmax"),
-            "topk_method": self.data.get("topk_method", "noaux_tc" if v3 else "greedy"),
-            "n_group": self.data.get("n_group") or 1,
-            "topk_group": self.data.get("topk_group") or 1,
-            "norm_topk_prob": bool(self.data.get("norm_topk_prob", v3)),
-        }
-        self._check_experts(values)
-        return values
+def _yarn(rope: Fields) -> Yarn:
+    bounds = {"beta_fast": 0.0, "beta_slow": 0.0, "mscale": -math.inf, "mscale_all_dim": -math.inf}
+    chosen = {name: rope.number(name, above=bound) for name, bound in bounds.items() if rope.get(name) is not None}
+    original = rope.whole("original_max_position_embeddings")
+    return Yarn(factor=rope.number("factor"), original_max_position_embeddings=original, **chosen)
 
-    def _check_experts(self, values: dict[str, Any]) -> None:
-        for field in ("moe_intermediate_size", "num_experts_per_tok"):
-            if not values[field]:
-                raise self.refuse(field, values[field], "but a model with experts needs it")
-        pair: tuple[str, str] = (values["scoring_func"], values["topk_method"])
-        if pair not in (("sigmoid", "noaux_tc"), ("softmax", "greedy")):
-            field = "topk_method" if pair[0] in {"sigmoid", "softmax"} else "scoring_func"
-            raise self.refuse(
-                field, values[field], "but routers are 'sigmoid' with 'noaux_tc' or 'softmax' with 'greedy'"
-            )
-        if pair[0] == "softmax" and values["norm_topk_prob"]:
-            raise self.refuse("norm_topk_prob", True, "which published softmax routers never use")
-        routed, groups = values["n_routed_experts"], values["n_group"]
-        if routed % groups or values["topk_group"] > groups:
-            raise self.refuse(
-                "n_group", groups, f"which doesn't fit {routed} experts, {values['topk_group']} groups kept"
-            )
-        if groups > 1 and routed // groups < 2:
-            raise self.refuse("n_group", groups, "but a group needs two experts to be scored")
-        if values["num_experts_per_tok"] > routed // groups * values["topk_group"]:
-            raise self.refuse(
-                "num_experts_per_tok", values["num_experts_per_tok"], "more than the experts left to choose"
-            )
 
-    def int4(self) -> bool:
-        quant = self.data.get("quantization_config")
-        if not quant:
-            return False
-        for field, only in (("quant_method", "compressed-tensors"), ("format", "pack-quantized")):
-            if quant.get(field) != only:
-                raise self.refuse(f"quantization_config.{field}", quant.get(field), f"but only {only!r} is read")
-        groups = quant.get("config_groups") or {}
-        if len(groups) != 1:
-            raise self.refuse("quantization_config.config_groups", sorted(groups), "but one group of weights is read")
-        (name, group), = groups.items()  # fmt: skip
-        self._check_group(f"quantization_config.config_groups.{name}", group)
-        return True
+def _experts(fields: Fields) -> dict[str, Any]:
+    routed = fields.whole("n_routed_experts", 0, least=0)
+    if not routed:
+        return {}
+    scoring, method = _router(fields)
+    # Greedy choice looks at no groups, in the published code and in transformers, whatever `n_group` says.
+    grouped = method != "greedy"
+    values = {
+        "n_routed_experts": routed,
+        "first_k_dense_replace": fields.whole("first_k_dense_replace", least=0),
+        "moe_layer_freq": fields.whole("moe_layer_freq", 1),
+        "moe_intermediate_size": fields.whole("moe_intermediate_size"),
+        "num_experts_per_tok": fields.whole("num_experts_per_tok"),
+        "n_shared_experts": fields.whole("n_shared_experts", 0, least=0),
+        "routed_scaling_factor": fields.number("routed_scaling_factor"),
+        "scoring_func": scoring,
+        "topk_method": method,
+        "n_group": fields.whole("n_group") if grouped else 1,
+        "topk_group": fields.whole("topk_group") if grouped else 1,
+        "norm_topk_prob": fields.flag("norm_topk_prob", scoring == "sigmoid"),
+    }
+    _check_choice(fields, values)
+    if read_quantisation(fields) == "int4":
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if fields.whole(name) % INT4_GROUP:
+                raise fields.refuse(name, f"but INT4 experts need whole groups of {INT4_GROUP}")
+    return values
 
-    def _check_group(self, where: str, group: Json) -> None:
-        if group.get("input_activations") is not None:
-            raise self.refuse(
-                f"{where}.input_activations", group["input_activations"], "but activations stay whole here"
-            )
-        weights = group.get("weights") or {}
-        wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": INT4_GROUP}
-        for field, only in wanted.items():
-            if weights.get(field) != only:
-                raise self.refuse(f"{where}.weights.{field}", weights.get(field), f"but only {only!r} is read")
-        if weights.get("actorder") is not None:
-            raise self.refuse(f"{where}.weights.actorder", weights["actorder"], "but columns must be in order")
 
-    def dtype(self) -> Literal["bfloat16", "float32"]:
-        name = self.data.get("torch_dtype", self.data.get("dtype", "bfloat16"))
-        return "float32" if name == "float32" else "bfloat16"
+def _router(fields: Fields) -> tuple[Scoring, TopkMethod]:
+    family = fields.get("model_type")
+    scoring, methods = _ROUTERS[family]
+    if fields.get("scoring_func", scoring) != scoring:
+        raise fields.refuse("scoring_func", f"but {family!r} goes with {scoring!r}")
+    method = fields.get("topk_method", methods[0])
+    if method not in methods:
+        raise fields.refuse("topk_method", f"but {family!r} goes with {' or '.join(map(repr, methods))}")
+    return scoring, cast(TopkMethod, method)
+
+
+def _check_choice(fields: Fields, values: dict[str, Any]) -> None:
+    if values["norm_topk_prob"] and values["scoring_func"] == "softmax":
+        # Published code normalises and then leaves out the scaling factor, transformers does the opposite.
+        raise fields.refuse("norm_topk_prob", "which published softmax routers never use")
+    if values["norm_topk_prob"] and values["num_experts_per_tok"] == 1:
+        raise fields.refuse("num_experts_per_tok", "of which published code makes no sum where transformers does")
+    routed, groups, kept = values["n_routed_experts"], values["n_group"], values["topk_group"]
+    if routed % groups or kept > groups:
+        raise fields.refuse("n_group", f"which doesn't fit {routed} experts, {kept} groups kept")
+    if groups > 1 and values["topk_method"] == "noaux_tc" and routed // groups < 2:
+        raise fields.refuse("n_group", "but a group needs two experts to be scored")
+    if values["num_experts_per_tok"] > routed // groups * kept:
+        raise fields.refuse("num_experts_per_tok", "more than the experts left to choose from")
 
 
 def _ids(value: Any) -> list[int]:
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path} can't be read ({error.strerror}). Point to a folder with a published checkpoint."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path} isn't JSON ({error}). Fetch the file again.") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}, not an object. Fetch the file again.")
-    return data

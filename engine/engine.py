@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -13,11 +13,14 @@ from weakref import WeakSet
 import torch
 from thinkloop.engine.checkpoint import Checkpoint
 from thinkloop.engine.config import ModelConfig
-from thinkloop.engine.model import Transformer
+from thinkloop.engine.drafts import Confidence, Drafter
+from thinkloop.engine.kv_cache import BlockPool, LatentCache
+from thinkloop.engine.model import Segment, Transformer
 from thinkloop.engine.params import Sampling
+from thinkloop.engine.scheduler import EngineClosed, Scheduler
+from thinkloop.engine.sequence import Sequence
 from thinkloop.engine.session import Session
-from thinkloop.engine.weights import load_weights, resident_bytes
-from thinkloop.engine.worker import EngineClosed, Worker
+from thinkloop.engine.weights import Progress, load_weights, resident_bytes
 from thinkloop.traces.events import ThinkloopError
 from torch import Tensor
 
@@ -29,7 +32,13 @@ _FLOAT32_LIMIT = 2 << 30
 """Models whose part outside the experts takes at most this in float32 run in it on the CPU: exact, and 3.5 times
 faster than bfloat16 at the embedded model's size."""
 _ONE_THREAD = 64 << 20
-"""Below this, waking a second thread for each op costs more than it brings."""
+"""Below this, waking a second thread for each op of a step of a few rows costs more than it brings."""
+_WINDOWS = 16
+_MEMORY_SHARE = 4
+"""Without `cache_tokens` the KV cache holds 16 windows, or what a quarter of the free memory holds, whichever is less,
+but one window at least. On the CPU memory is only taken as rows are written."""
+PREFILL_CHUNK = 256
+CACHE_PATIENCE = 10.0
 _TEXT_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -40,34 +49,55 @@ class EngineError(ThinkloopError):
 class Engine:
     """A loaded model. Make one with `Engine.load`; close it, or use it in a `with` block."""
 
-    def __init__(self, folder: Path, config: ModelConfig, model: Transformer, weights_hash: str) -> None:
-        self.folder, self.config, self.model = folder, config, model
-        self._weights_hash = weights_hash
-        self.worker = Worker(_threads(config))
+    def __init__(
+        self, folder: Path, config: ModelConfig, model: Transformer, weights_hash: str, pool: BlockPool, *,
+        prefill_chunk: int = PREFILL_CHUNK, cache_patience: float = CACHE_PATIENCE, speculate: bool = True,
+        share_prefixes: bool = True,
+    ) -> None:  # fmt: skip
+        self.folder, self.config, self.model, self.pool = folder, config, model, pool
+        self.speculate, self.share_prefixes = speculate, share_prefixes
+        self._weights_hash, self._confidence = weights_hash, Confidence()
+        self.scheduler = Scheduler(model, _threads(config), chunk=prefill_chunk, patience=cache_patience)
         self._sessions: WeakSet[Session] = WeakSet()
 
     @classmethod
     def load(
-        cls,
-        model: str | Path,
-        *,
-        device: Device = "cpu",
-        dtype: Dtype | None = None,
-        lora_norm_eps: float | None = None,
-    ) -> Engine:
+        cls, model: str | Path, *, device: Device = "cpu", dtype: Dtype | None = None,
+        lora_norm_eps: float | None = None, cache_tokens: int | None = None,
+        cache_patience: float = CACHE_PATIENCE, prefill_chunk: int = PREFILL_CHUNK,
+        speculate: bool = True, share_prefixes: bool = True, layers: range | None = None,
+        progress: Progress | None = None,
+    ) -> Engine:  # fmt: skip
         """Loads a published checkpoint folder, or the embedded model by the name `mini`.
 
         `dtype` None means float32 for small models on the CPU and bfloat16 otherwise. `lora_norm_eps` replaces the
-        eps of the two inner attention norms (1e-6). Everything is checked before memory is taken. Raises
-        `ThinkloopError`.
+        eps of the two inner attention norms (1e-6). `cache_tokens` is how many tokens the KV cache holds for all sessions
+        together; where it is full, a session waits while others are at work and `cache_patience` seconds longer, and is
+        refused then (`CacheFull`). `prefill_chunk` is how many tokens of a long text are read in one step, between which
+        the other sessions decode. `speculate` drafts tokens from each session's own text where that is faster,
+        `share_prefixes` lets sessions that begin with the same tokens share their rows; neither changes a token in
+        float32 (in bfloat16 a batch of another size may round differently). `layers` loads embedding, head and only those
+        decoder layers, to measure a piece of a model that is too large. `progress` is called with the bytes read so far
+        and in all. Everything is checked before memory is taken. Raises `ThinkloopError`.
         """
         folder = _folder(model)
         config = ModelConfig.load(folder)
         if lora_norm_eps is not None:
             config = config.with_lora_norm_eps(lora_norm_eps)
+        if layers is not None:
+            config = config.sliced(layers)
         where, kind = _device(device), _dtype(dtype, device, config)
+        tokens = _cache_tokens(cache_tokens, config, kind)
+        if prefill_chunk < 1:
+            raise EngineError(f"`prefill_chunk` is {prefill_chunk}; it must be a number of tokens, at least 1.")
         checkpoint = Checkpoint(folder, config)
-        return cls(folder, config, Transformer(config, load_weights(checkpoint, kind, where)), checkpoint.fingerprint)
+        weights = load_weights(checkpoint, kind, where, progress=progress)
+        pool = BlockPool(config, tokens, kind, where)
+        return cls(
+            folder, config, Transformer(config, weights), checkpoint.fingerprint, pool,
+            prefill_chunk=prefill_chunk, cache_patience=cache_patience, speculate=speculate,
+            share_prefixes=share_prefixes,
+        )  # fmt: skip
 
     @property
     def fingerprint(self) -> str:
@@ -88,33 +118,38 @@ class Engine:
             "window": self.config.max_position_embeddings,
         }
 
-    def logits(self, token_ids: Sequence[int]) -> Tensor:
+    def logits(self, token_ids: Collection[int]) -> Tensor:
         """Float32 logits `[T, V]` on the CPU of `token_ids` read from an empty context. Blocks; for checks."""
         ids, vocabulary = list(token_ids), self.config.vocab_size
         if not ids or not all(0 <= token < vocabulary for token in ids):
             raise EngineError(f"logits needs at least one token id, each from 0 to {vocabulary - 1}.")
         if len(ids) > self.config.max_position_embeddings:
             raise EngineError(f"{len(ids)} tokens are more than the window of {self.config.max_position_embeddings}.")
-        return self.worker.call(lambda: self._logits(ids))
+        return self.scheduler.call(lambda: self._logits(ids))
 
     def _logits(self, ids: list[int]) -> Tensor:
-        cache, parts = self.model.new_cache(), []
-        while cache.length < len(ids):
-            start = cache.length
-            parts.append(self.model.forward(ids[start : start + self.model.chunk_size(start)], cache, every=True).cpu())
+        cache, parts = LatentCache(self.pool), []
+        cache.reserve(len(ids))
+        try:
+            while cache.length < len(ids):
+                start = cache.length
+                chunk = ids[start : start + self.model.chunk_size(start, PREFILL_CHUNK)]
+                parts.append(self.model.forward([Segment(cache, chunk, every=True)])[0].cpu())
+        finally:
+            cache.release()
         return torch.cat(parts)
 
     def session(self, sampling: Sampling | None = None) -> Session:
-        """A new, empty session. Sessions of one engine take turns, a token at a time."""
-        session = Session(self, sampling or Sampling())
+        """A new, empty session. Sessions of one engine decode together, as one batch."""
+        session = Session(self, sampling or Sampling(), Sequence(LatentCache(self.pool), Drafter(self._confidence)))
         self._sessions.add(session)
         return session
 
     def close(self) -> None:
         """Stops the engine's thread after what is under way. Closing twice is fine."""
         for session in list(self._sessions):
-            session.fail(EngineClosed("The engine was closed while a session was generating."))
-        self.worker.close()
+            session.fail(EngineClosed("The engine was closed while a session was working."))
+        self.scheduler.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -155,10 +190,30 @@ def _dtype(name: str | None, device: str, config: ModelConfig) -> torch.dtype:
     return torch.float32 if name == "float32" or (name is None and small) else torch.bfloat16
 
 
-def _threads(config: ModelConfig) -> int:
-    if resident_bytes(config, torch.float32) <= _ONE_THREAD:
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads(config: ModelConfig) -> tuple[int, int]:
+    """Torch's threads for a step of a few rows, and of more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (1 if resident_bytes(config, torch.float32) <= _ONE_THREAD else cores), cores
+
+
+def _cache_tokens(asked: int | None, config: ModelConfig, dtype: torch.dtype) -> int:
+    if asked is not None and asked < 1:
+        raise EngineError(f"`cache_tokens` is {asked}; it must be a number of tokens, at least 1.")
+    window = config.max_position_embeddings
+    if asked is not None:
+        return asked
+    row = config.num_hidden_layers * config.cache_width * dtype.itemsize
+    return max(window, min(_WINDOWS * window, _free_memory() // _MEMORY_SHARE // row))
+
+
+def _free_memory() -> int:
+    """Bytes of memory that can be had without swapping; 4 GiB where the system doesn't say."""
+    try:
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return 4 << 30
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,5 +1,5 @@
-"""One run of decoding: the worker samples ahead of the reader, by a bounded lead, and stops at the next token when
-told to."""
+"""One run of decoding: the engine's thread samples ahead of the reader, by a bounded lead, and stops at the next token
+when told to."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Literal
 
-from thinkloop.engine.sampler import Sampler
+from thinkloop.engine.constraint import Constraint
+from thinkloop.engine.drafts import StepCost
+from thinkloop.engine.sampler import Sampler, TokenLogprobs
+from thinkloop.engine.sequence import Sequence
 from torch import Tensor
 
 _LEAD = 32
-"""Tokens the worker may be ahead: enough to hide the reader's pauses, little to throw away when it stops."""
+"""Tokens the engine may be ahead: enough to hide the reader's pauses, little to throw away when it stops."""
+_GROUP = 4
+_LATENCY = 0.01
+"""The reader is woken for every fourth token, or when 10 ms have gone by: waking the event loop costs both threads more
+than a small model's token."""
+_SOFT_SHARE = 8
+"""In the last eighth of the thinking budget the end of thinking is taken as soon as it is likely at all."""
+_SOFT_CHANCE = 0.05
 
 Finish = Literal["stop", "length"]
 
@@ -31,75 +43,175 @@ class Stops:
     """These end thinking too: a call opened inside it."""
 
 
+@dataclass(slots=True)
+class GenerationStats:
+    """What one generation took: seconds from one moment to the next, tokens, and forward passes."""
+
+    queue_seconds: float = 0.0
+    """From the request to the engine taking it up."""
+    first_token_seconds: float = 0.0
+    """From there to the first token."""
+    decode_seconds: float = 0.0
+    """From the first token to the last."""
+    tokens: int = 0
+    passes: int = 0
+    """Forward passes; fewer than tokens where drafts held."""
+    drafted: int = 0
+    accepted: int = 0
+    """Drafted tokens, and those of them that the model chose."""
+
+
 class Generation:
-    """Shared by the worker (`step`) and the reader on the event loop (`next`)."""
+    """A job on the engine's thread, read by `next` on the event loop."""
 
     def __init__(
-        self, forward: Callable[[int | None], Tensor], sampler: Sampler, stops: Stops, draw: int,
-        submit: Callable[[Callable[[], bool]], None],
+        self, sequence: Sequence, timeline: Tokens[int], sampler: Sampler, stops: Stops, draw: int,
+        submit: Callable[[Generation], None], *, constraint: Constraint | None = None, speculate: bool = True,
+        logprobs: int | None = None,
     ) -> None:  # fmt: skip
-        self._forward, self._sampler, self._stops, self._draw, self._submit = forward, sampler, stops, draw, submit
-        self._last: int | None = None
-        self._sampled = 0
+        self.cache, self.stats = sequence.cache, GenerationStats()
+        self.logprobs: deque[TokenLogprobs] = deque()
+        """For each token that `next` gives, in order, where they were asked for."""
+        self._sequence, self._timeline, self._length = sequence, timeline, len(timeline)
+        self._sampler, self._stops, self._draw, self._submit = sampler, stops, draw, submit
+        self._constraint, self._speculate, self._top = constraint, speculate, logprobs
+        self._wanted: list[int] = []
+        self._drafts: list[int] = []
+        self._planned = False
         self._thinking = stops.think_end_id is not None and stops.max_thinking is not None
         self._ready: deque[int] = deque()
         self._lock = threading.Lock()
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
-        self._asleep = False
-        self._parked = False
-        self._cancelled = False
-        self._ended = False
+        self._asleep = self._parked = self._cancelled = self._ended = False
         self._error: BaseException | None = None
         self.finish: Finish | None = None
         """Why it ended, once the reader has every token."""
-        submit(self.step)
+        self._asked = self._began = self._first = perf_counter()
+        self._woken = 0.0
 
-    def step(self) -> bool:
-        """Samples one token (on the worker)."""
-        if self._cancelled:
-            return False
-        try:
-            finish, token = self._sample()
-        except BaseException as error:
-            self._error = error
-            return self._deliver(None, ended=True)
-        self.finish = finish
-        return self._deliver(token, ended=finish is not None)
+    # On the engine's thread.
 
-    def _sample(self) -> tuple[Finish | None, int | None]:
-        s = self._stops
-        if self._sampled >= s.max_tokens:
-            return "length", None
-        logits = self._forward(self._last)
-        token = self._choose(logits)
-        self._last, self._sampled = token, self._sampled + 1
-        if token in s.stop_ids:
-            return "stop", token
-        return ("length" if self._sampled >= s.max_tokens else None), token
+    def begin(self) -> None:
+        """Goes on from logits that are at hand, or computes what isn't yet, at least the last token."""
+        self._began = self._first = perf_counter()
+        self.stats.queue_seconds = self._began - self._asked
+        sequence, length = self._sequence, self._length
+        sequence.trim(length)
+        if self._speculate:
+            sequence.read_drafts(self._timeline, length)
+        logits = sequence.logits_after(length)
+        if self._stops.max_tokens <= 0:
+            self.finish = "length"
+            self._deliver([], ended=True)
+        elif logits is not None and self.cache.length == length:
+            self._take([logits])
+        else:
+            sequence.trim(length - 1)
+            self._wanted = list(self._timeline[self.cache.length : length])
+
+    def wanted(self, cost: StepCost) -> Tokens[int]:
+        if self._cancelled or self._ended or self._parked:
+            return ()
+        if not self._planned:
+            self._planned = True
+            self._drafts = self._guesses(cost) if len(self._wanted) == 1 else []
+        return [*self._wanted, *self._drafts] if self._drafts else self._wanted
+
+    def _guesses(self, cost: StepCost) -> list[int]:
+        """Drafts: what the grammar leaves no choice about, else what the text suggests."""
+        most = self._stops.max_tokens - self.stats.tokens - 1
+        forced = self._constraint.forced() if self._constraint is not None else []
+        if forced:
+            return forced[: min(most, 15)]
+        return self._sequence.drafter.propose(cost, most) if self._speculate else []
+
+    def computed(self, logits: Tensor, count: int) -> None:
+        self.stats.passes += 1
+        left = len(self._wanted) - count
+        self._sequence.decoded += min(count, len(self._wanted))
+        if left > 0:
+            self._sequence.took(logits[-1])
+            del self._wanted[:count]
+            self._planned = False
+            return
+        rows = list(logits[-1 - len(self._drafts) :])
+        self._take(rows)
+
+    def _take(self, rows: Tokens[Tensor]) -> None:
+        """Samples after each row for as long as the drafts before it held."""
+        tokens: list[int] = []
+        drafts, end = self._drafts, self.cache.length - len(self._drafts)
+        for index, row in enumerate(rows):
+            tokens.append(self._choose(row))
+            self.finish = self._ends(tokens[-1])
+            if self.finish is not None or index == len(drafts) or tokens[-1] != drafts[index]:
+                break
+        held = len(tokens) - 1
+        self.cache.truncate(end + held)
+        self._sequence.took(rows[held])
+        if drafts:
+            self._sequence.decoded += held
+            self.stats.drafted += len(drafts)
+            self.stats.accepted += held
+        if self._speculate:
+            self._sequence.drafter.sampled(tokens)
+            self._sequence.drafted_to += len(tokens)
+        self._wanted, self._drafts, self._planned = tokens[-1:], [], False
+        self._deliver(tokens, ended=self.finish is not None)
 
     def _choose(self, logits: Tensor) -> int:
-        s, position = self._stops, self._draw + self._sampled
-        if self._thinking and s.think_end_id is not None and self._sampled == s.max_thinking:
+        position, allowed = self._draw + self.stats.tokens, None
+        token = self._end_of_thinking(logits)
+        if token is None:
+            if self._constraint is not None:
+                allowed = self._constraint.mask()
+            token = self._sampler.choose(logits, position, allowed)
+        else:
+            self._sampler.record(token)
+        if self._top is not None:
+            self.logprobs.append(self._sampler.logprobs(logits, token, self._top))
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        if token == self._stops.think_end_id or token in self._stops.call_ids:
             self._thinking = False
-            self._sampler.record(s.think_end_id)
-            return s.think_end_id
-        token = self._sampler.choose(logits, position)
-        if token == s.think_end_id or token in s.call_ids:
-            self._thinking = False
+        now = perf_counter()
+        if not self.stats.tokens:
+            self._first, self.stats.first_token_seconds = now, now - self._began
+        self.stats.decode_seconds = now - self._first
+        self.stats.tokens += 1
         return token
 
-    def _deliver(self, token: int | None, *, ended: bool) -> bool:
+    def _end_of_thinking(self, logits: Tensor) -> int | None:
+        """The real end token, once the budget is spent, or nearly and the model is inclined to stop anyway."""
+        s, used = self._stops, self.stats.tokens
+        if not self._thinking or s.think_end_id is None or s.max_thinking is None:
+            return None
+        if used >= s.max_thinking:
+            return s.think_end_id
+        if used < s.max_thinking - s.max_thinking // _SOFT_SHARE:
+            return None
+        likely = float(logits.float().softmax(-1)[s.think_end_id]) >= _SOFT_CHANCE
+        return s.think_end_id if likely else None
+
+    def _ends(self, token: int) -> Finish | None:
+        if token in self._stops.stop_ids:
+            return "stop"
+        return "length" if self.stats.tokens >= self._stops.max_tokens else None
+
+    # Between the threads.
+
+    def _deliver(self, tokens: Tokens[int], *, ended: bool) -> None:
+        now = perf_counter()
         with self._lock:
-            if token is not None:
-                self._ready.append(token)
+            self._ready.extend(tokens)
             self._ended = ended = ended or self._ended
-            wake, self._asleep = self._asleep, False
+            wake = self._asleep and (ended or len(self._ready) >= _GROUP or now - self._woken >= _LATENCY)
+            if wake:
+                self._asleep, self._woken = False, now
             self._parked = not ended and len(self._ready) >= _LEAD
-            go_on = not ended and not self._parked
         if wake and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake.set)
-        return go_on
 
     async def next(self) -> int | None:
         """The next token in order; None when there are no more. Raises what the forward pass raised."""
@@ -119,13 +231,13 @@ class Generation:
                 self._asleep = True
             await self._wake.wait()
         if resume:
-            self._submit(self.step)
+            self._submit(self)
         return token
 
     def cancel(self) -> None:
         """Stops before the next token, and ends what a reader is waiting for. From any thread."""
         self._cancelled = True
-        self._deliver(None, ended=True)
+        self._deliver([], ended=True)
 
     def fail(self, error: BaseException) -> None:
         """Stops, and raises `error` in the reader after the tokens that are ready. From any thread."""
@@ -134,7 +246,7 @@ class Generation:
 
 
 class TokenStream:
-    """What `Session.generate` gives: an async iterator of token ids that stops the worker when it is closed, when the
+    """What `Session.generate` gives: an async iterator of token ids that stops the engine when it is closed, when the
     reading task is cancelled, or when the last reference to it goes (a `break` is enough)."""
 
     def __init__(
@@ -142,6 +254,10 @@ class TokenStream:
     ) -> None:
         self._generation: Generation | None = generation
         self._took, self._ended = took, ended
+        self.stats = generation.stats
+        """Times and counts, filled in as it goes."""
+        self.logprobs: list[TokenLogprobs] = []
+        """Of every token read so far, where `generate` was asked for them."""
 
     def __aiter__(self) -> TokenStream:
         return self
@@ -157,6 +273,8 @@ class TokenStream:
         if token is None:
             self._end(self._generation.finish)
             raise StopAsyncIteration
+        if self._generation.logprobs:
+            self.logprobs.append(self._generation.logprobs.popleft())
         self._took(token)
         return token
 

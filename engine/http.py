@@ -92,13 +92,14 @@ class ChatClient:
         *,
         max_tokens: int | None = None,
         tool_choice: Literal["auto", "none"] = "auto",
+        response_format: Json | None = None,
     ) -> AsyncGenerator[Event, None]:
         """One turn's events: `Thinking`, `Content`, `ToolCallDelta` as they come; `ToolCall`s, `Usage`, `TurnFinished`.
 
         Raises `ServerUnreachable`, `ServerRefused` or `BadReply` when there is no answer to be had, `StreamCut` when
         it broke off after events were yielded (it says how far it got; the caller decides whether to ask again).
         """
-        fields = {"max_tokens": max_tokens, "tool_choice": tool_choice}
+        fields = {"max_tokens": max_tokens, "tool_choice": tool_choice, "response_format": response_format}
         attempt = 0
         while True:
             began = False
@@ -127,8 +128,7 @@ class ChatClient:
         body: Json = {"model": self.model, "messages": messages, "stream": True} | self._sampling
         if self._with_usage:
             body["stream_options"] = {"include_usage": True}
-        if fields["max_tokens"] is not None:
-            body["max_tokens"] = fields["max_tokens"]
+        body |= {name: fields[name] for name in ("max_tokens", "response_format") if fields[name] is not None}
         if tools:
             body |= {"tools": tools, "tool_choice": fields["tool_choice"]}
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
@@ -302,13 +302,16 @@ class ChatClient:
 
 
 def sampling_fields(sampling: Sampling | None) -> Json:
-    """The request fields for `sampling`: the temperature, and whatever differs from its neutral value."""
-    if sampling is None:
-        return {}
-    neutral: Json = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-                     "repetition_penalty": 1.0, "seed": 0}  # fmt: skip
-    chosen = {key: getattr(sampling, key) for key, off in neutral.items() if getattr(sampling, key) != off}
-    return {"temperature": sampling.temperature} | chosen
+    """The request fields for what `sampling` sets; the server's own defaults apply to the rest.
+
+    OpenAI's names, and for what it doesn't have (`top_k`, `min_p`, `repetition_penalty`) those of vLLM and SGLang.
+    """
+    sent = sampling.to_json() if sampling else {}
+    if sent.get("top_k") == 0:
+        sent["top_k"] = -1  # off: SGLang refuses 0, and vLLM and llama.cpp take -1 too
+    if "repetition_penalty" in sent:
+        sent["repeat_penalty"] = sent["repetition_penalty"]  # llama.cpp's name for it
+    return sent
 
 
 def _names(tools: Sequence[Json]) -> set[str]:

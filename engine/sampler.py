@@ -3,20 +3,17 @@ draw."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import torch
-from thinkloop.engine.params import Sampling
-from thinkloop.traces.events import ThinkloopError
+from thinkloop.engine.params import Sampling, SamplingError
+from thinkloop.engine.penalties import Penalties
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _NUCLEI = (32, 512)
-
-
-class SamplingError(ThinkloopError):
-    """A sampling parameter out of its range."""
 
 
 def _mix(x: int) -> int:
@@ -28,44 +25,55 @@ def _mix(x: int) -> int:
 
 def uniform(seed: int, position: int) -> float:
     """The draw of `seed` at `position`, in [0, 1) with 53 bits."""
-    stream = _mix((seed & _MASK) + 0x9E3779B97F4A7C15 & _MASK)
+    stream = _mix(seed + 0x9E3779B97F4A7C15 & _MASK)
     return float(_mix(stream + (position + 1) * 0x9E3779B97F4A7C15 & _MASK) >> 11) * 2.0**-53
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raises `SamplingError` naming the parameter that is out of range."""
-    ranges = {
-        "temperature": (sampling.temperature >= 0, "0 (greedy) or more"),
-        "top_k": (sampling.top_k >= 0, "0 (off) or more"),
-        "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1 (off)"),
-        "min_p": (0 <= sampling.min_p < 1, "0 (off) or more and below 1"),
-        "repetition_penalty": (sampling.repetition_penalty > 0, "above 0; 1 is off"),
-    }
-    for name, (good, wanted) in ranges.items():
-        if not good:
-            raise SamplingError(f"`{name}` is {getattr(sampling, name)!r}; it must be {wanted}.")
+def check_sampling(sampling: Sampling, vocab_size: int | None = None) -> None:
+    """Raises `SamplingError` for what tokens alone can't do (stop strings), and for a `logit_bias` outside the
+    vocabulary where its size is given."""
+    if sampling.stop:
+        raise SamplingError(
+            "`stop` needs text, and a session sees token ids only: give it `stop_ids`, or use the stop strings with a model."
+        )
+    if vocab_size is not None:
+        sampling.check_vocabulary(vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities that the model itself gave, before sampling parameters and masks."""
+
+    chosen: float
+    """That of the token that was chosen."""
+    top: list[tuple[int, float]]
+    """The likeliest token ids with theirs, best first."""
 
 
 class Sampler:
     """Chooses tokens for one generation, counting what it chose for the penalties.
 
     `seen` are the tokens already in the context (only the repetition penalty looks at them); `banned` are never chosen.
+    Choosing token after token at consecutive positions is all that exact speculation needs: a draft is right as long as
+    it says what `choose` says for the logits after it.
     """
 
     def __init__(self, sampling: Sampling, seen: Iterable[int] = (), banned: Collection[int] = ()) -> None:
         check_sampling(sampling)
-        self.sampling = sampling
-        self._banned = torch.tensor(sorted(banned), dtype=torch.int64) if banned else None
-        self._repeats = sampling.repetition_penalty != 1
-        self._counts_matter = bool(sampling.presence_penalty or sampling.frequency_penalty)
-        self._seen = set(seen) if self._repeats else set()
-        self._counts: Counter[int] = Counter()
+        self.sampling = sampling.resolved()
+        self._penalties = Penalties(self.sampling, seen, banned)
 
-    def choose(self, logits: Tensor, position: int) -> int:
-        """The token for float `logits [V]` at draw `position`, recorded as chosen. `logits` stays as it is."""
-        logits = self._adjusted(logits)
+    def choose(self, logits: Tensor, position: int, allowed: Tensor | None = None) -> int:
+        """The token for float `logits [V]` at draw `position`, recorded as chosen. `logits` stays as it is.
+
+        Where the bool mask `allowed [V]` is false a token is out before anything else is looked at, greedy or not.
+        Raises `SamplingError` when no token is left, or the logits are not numbers.
+        """
+        logits = self._adjusted(logits, allowed)
         if self.sampling.temperature == 0:
             token = int(logits.argmax())
+            if not math.isfinite(logits[token]):
+                raise _unusable(logits)
         else:
             token = self._draw(logits, uniform(self.sampling.seed, position))
         self.record(token)
@@ -73,73 +81,86 @@ class Sampler:
 
     def record(self, token: int) -> None:
         """Counts `token` as generated (for one that was forced rather than chosen)."""
-        if self._repeats:
-            self._seen.add(token)
-        if self._counts_matter:
-            self._counts[token] += 1
+        self._penalties.record(token)
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        changes = self._banned is not None or self._seen or self._counts
-        if not changes:
-            return logits
-        logits = logits.clone()
-        if self._seen:
-            self._repetition(logits)
-        if self._counts:
-            self._presence_and_frequency(logits)
-        if self._banned is not None:
-            logits[self._banned] = float("-inf")
-        return logits
+    def probabilities(self, logits: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """The distribution `[V]` (float64) that `choose` draws from. Raises as `choose` does."""
+        logits = self._adjusted(logits, allowed)
+        if not math.isfinite(logits.max()):
+            raise _unusable(logits)
+        chances = torch.zeros(logits.shape[0], dtype=torch.float64, device=logits.device)
+        if self.sampling.temperature == 0:
+            chances[logits.argmax()] = 1
+            return chances
+        weights, ids = self._filtered(logits)
+        chances[... if ids is None else ids] = weights.double()
+        return chances / chances.sum()
 
-    def _repetition(self, logits: Tensor) -> None:
-        ids = torch.tensor(sorted(self._seen), device=logits.device)
-        values, penalty = logits[ids], self.sampling.repetition_penalty
-        logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+    @staticmethod
+    def logprobs(logits: Tensor, token: int, top: int = 0) -> TokenLogprobs:
+        """Log probabilities of `token` and of the `top` likeliest for the model's own `logits [V]`, in float32. Raises
+        `SamplingError` for a `top` below 0; one above V gives all there are."""
+        if top < 0:
+            raise SamplingError(f"`top` log probabilities were asked for as {top}; give 0 or more.")
+        logprobs = logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(min(top, logprobs.shape[0]))
+        return TokenLogprobs(float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
-    def _presence_and_frequency(self, logits: Tensor) -> None:
-        ids = torch.tensor(list(self._counts), device=logits.device)
-        counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype, device=logits.device)
-        logits[ids] -= self.sampling.presence_penalty + self.sampling.frequency_penalty * counts
+    def _adjusted(self, logits: Tensor, allowed: Tensor | None) -> Tensor:
+        logits = logits.float()
+        if allowed is not None:
+            if allowed.shape != logits.shape:
+                raise SamplingError(f"A mask of shape {list(allowed.shape)} for logits of {list(logits.shape)}.")
+            logits = torch.where(allowed, logits, -math.inf)
+        return self._penalties.apply(logits) if self._penalties.active else logits
 
     def _draw(self, logits: Tensor, u: float) -> int:
+        weights, ids = self._filtered(logits)
+        sums = weights.cumsum(-1, dtype=torch.float64)  # float32 can't tell tokens of 1e-8 apart near 1
+        total = float(sums[-1])
+        if not total > 0:
+            raise _unusable(logits)
+        index = int(torch.searchsorted(sums, total * u, right=True))  # u <= 1 - 2**-53: the product is below the total
+        return index if ids is None else int(ids[index])
+
+    def _filtered(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights (not necessarily of sum 1) of the tokens that the filters leave, and their ids; None: all in order.
+
+        Tokens stand in the order of their ids, not of their weights: two near-equal logits that change places, because
+        another batch or another kernel rounds differently, then don't change the draw.
+        """
         s = self.sampling
-        scaled = logits.double() / s.temperature  # float64: a sum of 163,840 float32 terms loses the tail
-        if s.top_k or s.top_p < 1:
-            return self._draw_sorted(scaled, u)
-        probabilities = scaled.softmax(-1)
+        if 0 < s.top_k < logits.shape[0]:
+            values, ids = logits.topk(s.top_k)
+            weights = (values / s.temperature).softmax(-1)
+        elif s.top_p < 1:
+            weights, ids = _nucleus((logits / s.temperature).softmax(-1), s.top_p)
+        else:
+            weights = (logits / s.temperature).softmax(-1)
+            return (weights.masked_fill_(weights < s.min_p * weights.max(), 0) if s.min_p else weights), None
+        kept = (
+            len(ids) if s.top_p == 1 else 1 + int(torch.searchsorted(weights.cumsum(-1, dtype=torch.float64), s.top_p))
+        )
         if s.min_p:
-            probabilities[probabilities < s.min_p * probabilities.max()] = 0
-        return _at(probabilities, u)
-
-    def _draw_sorted(self, scaled: Tensor, u: float) -> int:
-        """Filters in Hugging Face's order: top-k, top-p of what is left, min-p of what is left."""
-        s = self.sampling
-        probabilities, ids = self._best(scaled)
-        if s.top_p < 1:
-            before = probabilities.cumsum(-1) - probabilities
-            probabilities[before >= s.top_p] = 0
-        if s.min_p:
-            probabilities[probabilities < s.min_p * probabilities[0]] = 0
-        return int(ids[_at(probabilities, u)])
-
-    def _best(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens, best first, and their probabilities: `top_k`, or as many as `top_p` needs."""
-        s, vocabulary = self.sampling, scaled.shape[0]
-        if 0 < s.top_k < vocabulary:
-            values, ids = scaled.topk(s.top_k)
-            return values.softmax(-1), ids
-        probabilities = scaled.softmax(-1)
-        for count in _NUCLEI:  # a whole sort of 3,000 takes 400 µs, these two steps 20 and 60
-            if count < vocabulary:
-                values, ids = probabilities.topk(count)
-                if float(values.sum()) > s.top_p:
-                    return values, ids
-        return probabilities.sort(descending=True)
+            kept = min(kept, len(ids) - int((weights < s.min_p * weights[0]).sum()))
+        ids, order = ids[:kept].sort()
+        return weights[order], ids
 
 
-def _at(probabilities: Tensor, u: float) -> int:
-    """The index where the running sum of `probabilities` (not necessarily of sum 1) passes share `u`."""
-    sums = probabilities.cumsum(-1)
-    target = sums[-1:] * u
-    index = int(torch.searchsorted(sums, target, right=True))
-    return min(index, int(torch.searchsorted(sums, sums[-1:])))
+def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens, best first, and their probabilities: as many as `top_p` needs, or more."""
+    for count in _NUCLEI:  # at V = 163,840 a whole sort takes 12.5 ms, these two steps 0.27 and 0.36
+        if count < probabilities.shape[0]:
+            values, ids = probabilities.topk(count)
+            if float(values.sum()) > top_p:
+                return values, ids
+    return probabilities.sort(descending=True)
+
+
+def _unusable(logits: Tensor) -> SamplingError:
+    best = float(logits.max())
+    if best == -math.inf:
+        return SamplingError("No token is left to choose: every one is banned, or outside the mask that was given.")
+    return SamplingError(
+        f"The model's logits are not numbers (the largest is {best}): its weights or a kernel are broken."
+    )

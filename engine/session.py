@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import asyncio
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio.lowlevel
+from thinkloop.engine.constraint import Constraint
 from thinkloop.engine.generation import Finish, Generation, Stops, TokenStream
-from thinkloop.engine.kv_cache import LatentCache
 from thinkloop.engine.params import Sampling
 from thinkloop.engine.sampler import Sampler, check_sampling
+from thinkloop.engine.scheduler import EngineClosed
+from thinkloop.engine.sequence import Reading, Sequence
 from thinkloop.engine.snapshot import Snapshot
-from thinkloop.engine.worker import EngineClosed
 from thinkloop.traces.events import ThinkloopError
-from torch import Tensor
 
 if TYPE_CHECKING:
     from thinkloop.engine.engine import Engine
@@ -29,28 +30,21 @@ class Session:
     """Made by `Engine.session()`. Every method but the properties is for one task at a time.
 
     Each token's keys and values are computed once: appended ones by `append`, sampled ones when the next token is asked
-    for, or together with the next `append`.
+    for, or together with the next `append`; those of a prefix that another session holds or held lately not at all.
     """
 
-    def __init__(self, engine: Engine, sampling: Sampling) -> None:
-        check_sampling(sampling)
+    def __init__(self, engine: Engine, sampling: Sampling, sequence: Sequence) -> None:
+        check_sampling(sampling, engine.config.vocab_size)
         self.sampling = sampling
-        self.prefilled_tokens = 0
-        """Appended tokens computed so far, in all: each once, so their number, as long as nothing is truncated or
-        cancelled."""
-        self.decoded_tokens = 0
-        """Sampled tokens computed so far, those sampled ahead of the reader and dropped included."""
         self.rng_position = 0
         """Draws used: one per sampled token. Set it to replay from a record."""
         self.finish_reason: Finish | None = None
         """Why the last `generate` ended; None while it runs or when it was cancelled."""
         self._engine = engine
         self._tokens: list[int] = []
-        self._cache: LatentCache = engine.model.new_cache()
-        self._valid = 0
-        self._logits: Tensor | None = None
-        self._logits_at = -1
+        self._sequence = sequence
         self._busy: Generation | None = None
+        self._reading: Reading | None = None
         self._closed = False
 
     @property
@@ -66,22 +60,40 @@ class Session:
         """The most tokens the timeline can hold."""
         return self._engine.config.max_position_embeddings
 
-    async def append(self, ids: Sequence[int]) -> None:
+    @property
+    def prefilled_tokens(self) -> int:
+        """Appended tokens computed so far, in all: each once, so their number less the reused ones, as long as nothing is
+        truncated or cancelled."""
+        return self._sequence.prefilled
+
+    @property
+    def reused_tokens(self) -> int:
+        """Appended tokens whose rows another session had computed."""
+        return self._sequence.reused
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Sampled tokens computed so far, those sampled ahead of the reader and dropped included, rejected drafts not."""
+        return self._sequence.decoded
+
+    async def append(self, ids: Collection[int]) -> None:
         """Puts `ids` at the end of the timeline and computes them (and only what isn't computed yet), in chunks.
         Cancelled between two chunks, it leaves the timeline as it was. Raises `SessionError` for bad ids or a full
-        window."""
+        window, `CacheFull` when no blocks are left and no other session is at work."""
         self._check_free()
         new = self._checked(ids)
         if not new:
             await anyio.lowlevel.checkpoint()
             return
-        timeline, known = self._tokens + new, len(self._tokens)
-        await self._engine.worker.run(self._trim)
-        while self._valid < len(timeline):
-            await self._engine.worker.run(lambda: self._prefill(timeline, known))
-        self._tokens = timeline
+        self._reading = Reading(self._sequence, self._tokens, new, self._engine.share_prefixes)
+        try:
+            self._engine.scheduler.add(self._reading)
+            await asyncio.wrap_future(self._reading.done)
+        finally:
+            self._reading = None
+        self._tokens.extend(new)
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
+    def _checked(self, ids: Collection[int]) -> list[int]:
         new, vocabulary = list(ids), self._engine.config.vocab_size
         for token in new:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
@@ -93,37 +105,20 @@ class Session:
             )
         return new
 
-    def _prefill(self, timeline: list[int], known: int) -> None:
-        start = self._cache.length
-        chunk = timeline[start : start + self._engine.model.chunk_size(start)]
-        self._compute(chunk)
-        appended = max(0, start + len(chunk) - max(start, known))
-        self.prefilled_tokens += appended
-        self.decoded_tokens += len(chunk) - appended
-
-    def _compute(self, ids: list[int]) -> Tensor:
-        logits = self._logits = self._engine.model.forward(ids, self._cache)
-        self._valid = self._logits_at = self._cache.length
-        return logits
-
-    def _trim(self) -> None:
-        """Drops rows that don't belong to the timeline: of tokens sampled ahead, of a cancelled append, of a
-        truncation."""
-        self._cache.truncate(min(self._valid, len(self._tokens)))
-        self._valid = self._cache.length
-
     def generate(
         self, *, max_tokens: int | None = None, stop_ids: Collection[int] = (), sampling: Sampling | None = None,
         think_end_id: int | None = None, max_thinking: int | None = None, call_ids: Collection[int] = (),
-        banned_ids: Collection[int] = (),
+        banned_ids: Collection[int] = (), constraint: Constraint | None = None, logprobs: int | None = None,
     ) -> TokenStream:  # fmt: skip
         """Samples token ids, each of them part of the timeline once it is read, a stop id included.
 
         Ends at a stop id (`finish_reason` "stop"), after `max_tokens` or with the window full ("length"). After
-        `max_thinking` tokens without `think_end_id`, that very token comes next, unless one of `call_ids` (a model may
-        open a call without closing its thinking) has come before. `banned_ids` are never chosen. Closing the iterator
-        or cancelling its task at any token leaves the timeline at what was read. Raises `SessionError` on an empty
-        timeline and `SamplingError` on bad parameters.
+        `max_thinking` tokens without `think_end_id`, that very token comes next, and in the last eighth of them as soon
+        as the model gives it a chance of 5 %, unless one of `call_ids` (a model may open a call without closing its
+        thinking) has come before. `banned_ids` are never chosen; `constraint` masks tokens as the text grows; with
+        `logprobs=n` the stream keeps the log probability of each token and of the n likeliest. Closing the iterator or
+        cancelling its task at any token leaves the timeline at what was read. Raises `SessionError` on an empty timeline
+        and `SamplingError` on bad parameters.
         """
         self._check_free()
         if not self._tokens:
@@ -134,11 +129,17 @@ class Session:
             stop_ids=frozenset(stop_ids), think_end_id=think_end_id, max_thinking=max_thinking,
             call_ids=frozenset(call_ids),
         )  # fmt: skip
+        if sampling is not None:
+            check_sampling(sampling, self._engine.config.vocab_size)
         sampler = Sampler(sampling or self.sampling, self._tokens, banned_ids)
-        self.finish_reason = None
-        source = _LogitsSource(self, self.tokens)
-        self._busy = Generation(source, sampler, stops, self.rng_position, self._engine.worker.submit)
-        return TokenStream(self._busy, self._took, self._ended)
+        scheduler = self._engine.scheduler
+        generation = Generation(
+            self._sequence, self._tokens, sampler, stops, self.rng_position, scheduler.resume,
+            constraint=constraint, speculate=self._engine.speculate, logprobs=logprobs,
+        )  # fmt: skip
+        scheduler.add(generation)
+        self.finish_reason, self._busy = None, generation
+        return TokenStream(generation, self._took, self._ended)
 
     def _took(self, token: int) -> None:
         self._tokens.append(token)
@@ -148,20 +149,18 @@ class Session:
         self.finish_reason, self._busy = finish, None
 
     def fork(self) -> Session:
-        """A session with the same timeline, generator position and (copied) cache; both go on independently."""
+        """A session with the same timeline and generator position. Both go on independently; what they have in common
+        stays in the cache once, and nothing is computed again. The twin lives on when this one is closed."""
         self._check_open()
         twin = self._engine.session(self.sampling)
         twin._tokens, twin.rng_position = self.tokens, self.rng_position
-        length = len(self._tokens)
-        self._engine.worker.start(lambda: self._copy_into(twin, length))  # before anything either does next
-        return twin
+        length, source = len(self._tokens), self._sequence
 
-    def _copy_into(self, twin: Session, length: int) -> None:
-        valid = min(self._valid, length)
-        twin._cache.restore(self._cache.rows()[:, :valid])
-        twin._valid = valid
-        if self._logits_at == length:
-            twin._logits, twin._logits_at = self._logits, length
+        def share() -> None:  # before anything either does next
+            twin._sequence.become(source.fork(length))
+
+        self._engine.scheduler.start(share)
+        return twin
 
     def truncate(self, length: int) -> None:
         """Forgets the timeline from `length` on. Raises `SessionError` when `length` is out of range."""
@@ -169,40 +168,44 @@ class Session:
         if not 0 <= length <= len(self._tokens):
             raise SessionError(f"Can't truncate to {length}: the session has {len(self._tokens)} tokens.")
         del self._tokens[length:]
-        self._valid = min(self._valid, length)
-        self._logits_at = -1
+        self._engine.scheduler.start(lambda: self._sequence.forget(length))
 
     async def save(self, path: str | Path) -> None:
-        """Writes timeline, generator position and cache to one safetensors file."""
+        """Writes timeline, generator position and cache to one safetensors file. Raises `SnapshotError`."""
         self._check_free()
-        await self._engine.worker.run(lambda: self._snapshot().write(Path(path)))
+        await self._engine.scheduler.run(lambda: self._snapshot().write(Path(path)))
 
     def _snapshot(self) -> Snapshot:
-        self._trim()
-        return Snapshot(self._tokens, self.rng_position, self._cache.rows(), self._engine.fingerprint)
+        self._sequence.trim(len(self._tokens))
+        rows = self._sequence.cache.rows()
+        return Snapshot(self._tokens, self.rng_position, rows, self._engine.fingerprint)
 
     async def load(self, path: str | Path) -> None:
-        """Takes over a saved session's state. Raises `SnapshotError` when it is damaged or another model's."""
+        """Takes over a saved session's state. Raises `SnapshotError` when it is damaged or another model's, and
+        `CacheFull`; the session stays as it was then. `Snapshot.tokens_of(path)` gives the tokens alone, from which any
+        engine can build the state again."""
         self._check_free()
-        saved = await self._engine.worker.run(lambda: Snapshot.read(Path(path), self._engine.fingerprint))
-        await self._engine.worker.run(lambda: self._cache.restore(saved.rows))
+        saved = await self._engine.scheduler.run(lambda: Snapshot.read(Path(path), self._engine.fingerprint))
+        await self._engine.scheduler.run(lambda: self._sequence.restore(saved.rows))
         self._tokens, self.rng_position = list(saved.tokens), saved.rng_position
-        self._valid, self._logits_at = saved.rows.shape[1], -1
 
     def close(self) -> None:
-        """Frees the cache and ends a generation under way. Closing twice is fine."""
+        """Frees the cache and ends an append or a generation under way. Closing twice is fine."""
         if self._closed:
             return
         self._closed = True
-        if self._busy is not None:
-            self._busy.fail(SessionError("This session was closed while it was generating."))
+        self.fail(SessionError("This session was closed while it was working."))
         with suppress(EngineClosed):
-            self._engine.worker.start(self._cache.release)
+            self._engine.scheduler.start(lambda: self._sequence.leave(self._tokens))
 
     def fail(self, error: ThinkloopError) -> None:
-        """Ends a generation under way with `error` (the engine is closing)."""
+        """Ends an append or a generation under way with `error`."""
         if self._busy is not None:
             self._busy.fail(error)
+        reading = self._reading
+        if reading is not None:
+            with suppress(EngineClosed):
+                self._engine.scheduler.start(lambda: reading.fail(error))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -212,32 +215,5 @@ class Session:
         self._check_open()
         if self._busy is not None:
             raise SessionError("This session is generating. Finish or close that iterator first (`aclose()`), or fork.")
-
-
-class _LogitsSource:
-    """Gives a generation its logits, on the worker: first those after `timeline`, then those after each sampled
-    token."""
-
-    def __init__(self, session: Session, timeline: list[int]) -> None:
-        self._session, self._timeline = session, timeline
-
-    def __call__(self, last: int | None) -> Tensor:
-        if last is None:
-            return self._first()
-        self._session.decoded_tokens += 1
-        return self._session._compute([last])
-
-    def _first(self) -> Tensor:
-        """At hand after an append, else from the tokens not computed yet, at least the last."""
-        session, length = self._session, len(self._timeline)
-        session._trim()
-        if session._logits is not None and session._logits_at == length:
-            return session._logits
-        session._cache.truncate(length - 1)
-        while True:
-            start = session._cache.length
-            chunk = self._timeline[start : start + session._engine.model.chunk_size(start)]
-            session.decoded_tokens += len(chunk)
-            logits = session._compute(chunk)
-            if session._cache.length == length:
-                return logits
+        if self._reading is not None:
+            raise SessionError("This session is reading what was appended. Wait for that `append` first.")

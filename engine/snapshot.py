@@ -54,3 +54,14 @@ class Snapshot(NamedTuple):
         if metadata.get("fingerprint") != fingerprint:
             raise SnapshotError(f"{path} belongs to another model or dtype. Load it with the engine that saved it.")
         return cls(tokens.tolist(), position, rows, fingerprint)
+
+    @staticmethod
+    def tokens_of(path: Path) -> list[int]:
+        """The saved timeline alone, whichever model it belongs to: enough for any engine to build the state again by
+        `session.append`. Raises `SnapshotError`."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tokens: list[int] = file.get_tensor("tokens").tolist()
+        except (OSError, SafetensorError) as error:
+            raise SnapshotError(f"{path} is no saved session ({error!r}). Save one with session.save(…).") from error
+        return tokens

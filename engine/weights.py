@@ -1,19 +1,28 @@
 """Weights made ready to compute with: transposed to `[in, out]`, projections of the same input joined, norms folded.
 
 In float32 a norm's weight is folded into the matrix that follows it (exact up to rounding, one op less); in bfloat16 it
-stays apart, because folding would round the published weights again. Routed experts stay packed.
+stays apart, because folding would round the published weights again. INT4 experts stay packed, FP8 is written out. On
+the CPU a bfloat16 matrix is packed for oneDNN, and `[in, out]` below is then what `linear.project` makes of it.
+
+Each matrix gets its memory once, and tensors are copied into it from the mapped file one after the other (packed
+experts: repacked one after the other), so that loading needs little more than the model itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import chain, starmap
+from typing import Protocol
 
 import torch
-from thinkloop.engine.checkpoint import Checkpoint, as_float
 from thinkloop.engine.config import ModelConfig
+from thinkloop.engine.footprint import resident_bytes as resident_bytes
+from thinkloop.engine.linear import can_pack, pack, project
 from thinkloop.kernels.int4 import (
     Planes,
+    TorchInt4,
     dequantise_planes,
     fits_torch_int4,
     to_planes,
@@ -84,124 +93,210 @@ class Weights:
     device: torch.device
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Reads and prepares every weight, one layer at a time: at most one layer is held twice."""
-    return _Loader(checkpoint, dtype, device).model()
+Progress = Callable[[int, int], None]
+"""Told `(bytes read, bytes in all)` as tensors arrive."""
+
+
+class Tensors(Protocol):
+    """Where weights come from: a `Checkpoint`, or random ones (`synthetic.RandomTensors`)."""
+
+    config: ModelConfig
+    nbytes: int
+
+    def read(self, name: str, out: Tensor) -> int: ...
+    def view(self, name: str) -> AbstractContextManager[Tensor]: ...
+    def size(self, name: str) -> int: ...
+
+
+def load_weights(
+    checkpoint: Tensors, dtype: torch.dtype, device: torch.device, *, progress: Progress | None = None
+) -> Weights:
+    """Reads and prepares every weight that `checkpoint.config` asks for: the whole model, or its slice of layers.
+
+    Beyond the model itself this keeps one tensor of the checkpoint resident, and scratch of a few times one expert.
+    """
+    return _Loader(checkpoint, dtype, device, progress).model()
 
 
 class _Loader:
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Tensors, dtype: torch.dtype, device: torch.device, progress: Progress | None
+    ) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.dtype, self.device = dtype, device
         self.fold = dtype == torch.float32
+        self.packs = can_pack(dtype, device)
+        self.progress, self.done = progress, 0
+        self.arrived(0)
+
+    def arrived(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.checkpoint.nbytes)
 
     def model(self) -> Weights:
-        embed, norm = self.read("model.embed_tokens.weight"), self.read("model.norm.weight")
-        tied = self.config.tie_word_embeddings
-        head = (embed if tied else self.read("lm_head.weight")).T.contiguous()  # [D, vocab]
-        layers = tuple(self.layer(i) for i in range(self.config.num_hidden_layers))
-        norm_left, (head,) = self.folded(norm, head)
-        return Weights(embed, layers, norm_left, head, self.dtype, self.device)
+        c = self.config
+        embed, head = self.new(c.vocab_size, c.hidden_size), self.matrix(c.hidden_size, c.vocab_size)
+        self.read("model.embed_tokens.weight", embed)
+        if c.tie_word_embeddings:
+            head.T.copy_(embed)
+        else:
+            self.read("lm_head.weight", head.T)
+        layers = tuple(self.layer(i) for i in range(c.num_hidden_layers))
+        norm = self.norm("model.norm.weight", c.hidden_size, head)
+        return Weights(embed, layers, norm, self.ready(head), self.dtype, self.device)
 
     def layer(self, index: int) -> Layer:
-        prefix = f"model.layers.{index}."
-        mlp = self.experts(prefix) if self.config.is_moe(index) else self.dense(prefix)
-        return Layer(self.attention(prefix), mlp)
+        prefix = f"model.layers.{self.config.first_layer + index}."
+        if self.config.is_moe(index):
+            return Layer(self.attention(prefix), self.experts(prefix))
+        mlp = self.mlp(f"{prefix}mlp.", self.config.intermediate_size)
+        norm = self.norm(f"{prefix}post_attention_layernorm.weight", self.config.hidden_size, mlp.w_gate_up)
+        return Layer(self.attention(prefix), self.ready_mlp(replace(mlp, norm=norm)))
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return as_float(self.checkpoint.tensor(name), dtype or self.dtype, self.device)
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def linear(self, name: str) -> Tensor:
-        return self.read(f"{name}.weight").T
+    def matrix(self, features: int, rows: int) -> Tensor:
+        """Place for a matrix `[in, out]`, laid out as it is published where `ready` packs it."""
+        return self.new(rows, features).T if self.packs else self.new(features, rows)
 
-    def folded(self, norm: Tensor, *matrices: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """Folds a norm's weight into the `[in, out]` matrices that read its output, or hands both back."""
+    def ready(self, matrix: Tensor) -> Tensor:
+        """A filled matrix, as `project` takes it best."""
+        return pack(matrix) if self.packs else matrix
+
+    def ready_mlp(self, mlp: Mlp) -> Mlp:
+        return Mlp(mlp.norm, self.ready(mlp.w_gate_up), self.ready(mlp.w_down))
+
+    def read(self, name: str, out: Tensor) -> None:
+        """Copies a tensor to its place: `out` has the published shape, so a matrix's place is passed transposed."""
+        self.arrived(self.checkpoint.read(name, out))
+
+    def vector(self, name: str, size: int, dtype: torch.dtype | None = None) -> Tensor:
+        out = self.new(size, dtype=dtype)
+        self.read(name, out)
+        return out
+
+    def norm(self, name: str, size: int, *readers: Tensor) -> Tensor | None:
+        """A norm's weight; or None, when it could be folded into the matrices `[in, ...]` that read its output."""
+        weight = self.vector(name, size)
         if not self.fold:
-            return norm, matrices
-        return None, tuple((norm[:, None] * matrix).contiguous() for matrix in matrices)
+            return weight
+        for matrix in readers:
+            matrix.mul_(weight.view(-1, *[1] * (matrix.dim() - 1)))
+        return None
 
     def attention(self, prefix: str) -> Attention:
         c, at = self.config, f"{prefix}self_attn."
-        compressed = c.q_lora_rank is not None
-        first = self.linear(f"{at}q_a_proj" if compressed else f"{at}q_proj")
-        joined = torch.cat([first, self.linear(f"{at}kv_a_proj_with_mqa")], dim=1).contiguous()
-        norm, (w_in,) = self.folded(self.read(f"{prefix}input_layernorm.weight"), joined)
+        queries = c.num_attention_heads * c.qk_head_dim
+        rank = c.q_lora_rank or queries
+        w_in = self.matrix(c.hidden_size, rank + c.cache_width)
+        self.read(f"{at}q_a_proj.weight" if c.q_lora_rank else f"{at}q_proj.weight", w_in[:, :rank].T)
+        self.read(f"{at}kv_a_proj_with_mqa.weight", w_in[:, rank:].T)
         q_norm, w_q = None, None
-        if compressed:
-            q_norm, (w_q,) = self.folded(
-                self.read(f"{at}q_a_layernorm.weight"), self.linear(f"{at}q_b_proj").contiguous()
-            )
-        kv_norm, (w_kv,) = self.folded(self.read(f"{at}kv_a_layernorm.weight"), self.linear(f"{at}kv_b_proj"))
-        per_head = torch.unflatten(w_kv, 1, (c.num_attention_heads, -1))  # [C, H, N+V]
-        w_uk, w_uv = torch.split(per_head, [c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        return Attention(
-            norm, w_in, q_norm, w_q, kv_norm, w_uk.permute(1, 2, 0).contiguous(), w_uv.permute(1, 0, 2).contiguous(),
-            self.linear(f"{at}o_proj").contiguous(),
-        )  # fmt: skip
+        if c.q_lora_rank:
+            w_q = self.matrix(rank, queries)
+            self.read(f"{at}q_b_proj.weight", w_q.T)
+            q_norm, w_q = self.norm(f"{at}q_a_layernorm.weight", rank, w_q), self.ready(w_q)
+        w_uk, w_uv = self.expansion(f"{at}kv_b_proj.weight")
+        w_o = self.matrix(c.num_attention_heads * c.v_head_dim, c.hidden_size)
+        self.read(f"{at}o_proj.weight", w_o.T)
+        kv_norm = self.norm(f"{at}kv_a_layernorm.weight", c.kv_lora_rank, w_uk.permute(2, 0, 1), w_uv.transpose(0, 1))
+        norm = self.norm(f"{prefix}input_layernorm.weight", c.hidden_size, w_in)
+        return Attention(norm, self.ready(w_in), q_norm, w_q, kv_norm, w_uk, w_uv, self.ready(w_o))
 
-    def gate_up(self, prefix: str) -> Tensor:
-        return torch.cat([self.linear(f"{prefix}gate_proj"), self.linear(f"{prefix}up_proj")], dim=1).contiguous()
+    def expansion(self, name: str) -> tuple[Tensor, Tensor]:
+        """The two halves of kv_b_proj: from the latent to keys `[H, N, C]`, to values `[H, C, V]`."""
+        c = self.config
+        both = self.new(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
+        self.read(name, both.flatten(0, 1))
+        w_uk, w_uv = torch.split(both, [c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        return w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
 
-    def dense(self, prefix: str) -> Mlp:
-        norm, (w_gate_up,) = self.folded(
-            self.read(f"{prefix}post_attention_layernorm.weight"), self.gate_up(f"{prefix}mlp.")
-        )
-        return Mlp(norm, w_gate_up, self.linear(f"{prefix}mlp.down_proj").contiguous())
+    def mlp(self, prefix: str, width: int, w_gate_up: Tensor | None = None) -> Mlp:
+        """A SwiGLU block without its norm, not `ready` yet; `w_gate_up` is its place where it has one already."""
+        if w_gate_up is None:
+            w_gate_up = self.matrix(self.config.hidden_size, 2 * width)
+        w_down = self.matrix(width, self.config.hidden_size)
+        self.read(f"{prefix}gate_proj.weight", w_gate_up[:, :width].T)
+        self.read(f"{prefix}up_proj.weight", w_gate_up[:, width:].T)
+        self.read(f"{prefix}down_proj.weight", w_down.T)
+        return Mlp(None, w_gate_up, w_down)
 
     def experts(self, prefix: str) -> Experts:
         c, at = self.config, f"{prefix}mlp."
-        w_router = self.read(f"{at}gate.weight", torch.float32).T.contiguous()
-        shared = self.shared(f"{at}shared_experts.") if c.n_shared_experts else None
-        w_first = w_router
-        if shared is not None and self.fold:
-            w_first = torch.cat([shared.w_gate_up, w_router], dim=1)
-            w_gate_up, w_router = torch.split(w_first, [shared.w_gate_up.shape[1], w_router.shape[1]], dim=1)
-            shared = Mlp(None, w_gate_up, shared.w_down)
+        w_first, w_router, shared = self.first(at, c.moe_intermediate_size * c.n_shared_experts)
         bias = f"{at}gate.e_score_correction_bias"
         gate_up, up_planes = self.routed(at, ("gate_proj", "up_proj"))
         down, down_planes = self.routed(at, ("down_proj",))
         return Experts(
-            self.read(f"{prefix}post_attention_layernorm.weight"),
+            self.vector(f"{prefix}post_attention_layernorm.weight", c.hidden_size),
             w_router,
-            self.read(bias, torch.float32) if c.scoring_func == "sigmoid" else None,
+            self.vector(bias, c.n_routed_experts, torch.float32) if c.scoring_func == "sigmoid" else None,
             shared,
-            w_first if self.fold else None,
+            w_first,
             gate_up,
             down,
             (up_planes, down_planes) if up_planes and down_planes else None,
         )
 
-    def shared(self, prefix: str) -> Mlp:
-        return Mlp(None, self.gate_up(prefix), self.linear(f"{prefix}down_proj").contiguous())
+    def first(self, prefix: str, width: int) -> tuple[Tensor | None, Tensor, Mlp | None]:
+        """What reads the normed input whole: shared gate and up with the router in one matrix where one dtype serves
+        all, the router, the shared expert of `width` (0: none)."""
+        c, w_first, place = self.config, None, None
+        if self.fold:
+            w_first = self.new(c.hidden_size, 2 * width + c.n_routed_experts)
+            place, w_router = torch.split(w_first, [2 * width, c.n_routed_experts], dim=1)
+        else:
+            w_router = self.new(c.hidden_size, c.n_routed_experts, dtype=torch.float32)
+        self.read(f"{prefix}gate.weight", w_router.T)
+        shared = self.ready_mlp(self.mlp(f"{prefix}shared_experts.", width, place)) if width else None
+        return w_first, w_router, shared
 
     def routed(self, prefix: str, names: tuple[str, ...]) -> tuple[ExpertProduct, Planes | None]:
         """The routed experts' product over `names`, rows joined in that order, and its planes where it has some."""
+        hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
+        features, rows = (width, hidden) if names == ("down_proj",) else (hidden, width)
         if not self.config.int4_experts:
-            stacked = as_float(self.stack(prefix, names, "weight"), self.dtype, self.device)
-            weight = stacked.transpose(1, 2).contiguous()  # [E, in, out]
-            return (lambda x, expert: x @ weight[expert]), None
-        packed, scale = self.stack(prefix, names, "weight_packed"), self.stack(prefix, names, "weight_scale")
-        if fits_torch_int4(packed.shape[1], packed.shape[2] * 8, self.dtype, self.device):
-            matrices = to_torch_int4(packed, scale)
+            whole = self.whole(prefix, names, features, rows)
+            return (lambda x, expert: project(x, whole[expert])), None
+        packed = self.packed(prefix, names)
+        if fits_torch_int4(rows * len(names), features, self.dtype, self.device):
+            matrices = TorchInt4(*self.stacked((one.weight, one.scale) for one in starmap(to_torch_int4, packed)))
             return (lambda x, expert: torch_int4_mm(x, matrices, expert)), None
-        planes = to_planes(packed.to(self.device), scale.to(self.device))
+        planes = Planes(*self.stacked((one.weight, one.scale) for one in starmap(to_planes, packed)))
         return (lambda x, expert: x @ dequantise_planes(planes, expert, x.dtype)), planes
 
-    def stack(self, prefix: str, names: tuple[str, ...], part: str) -> Tensor:
-        read, experts = self.checkpoint.tensor, range(self.config.n_routed_experts)
-        return torch.stack([torch.cat([read(f"{prefix}experts.{e}.{n}.{part}") for n in names]) for e in experts])
+    def whole(self, prefix: str, names: tuple[str, ...], features: int, rows: int) -> list[Tensor]:
+        """Each expert's matrix `[in, out]`. Where they are packed for oneDNN they pass one by one through one place: places
+        of their own leave holes in the heap that packed ones don't fit into, as much as the model again."""
+        count, width = self.config.n_routed_experts, rows * len(names)
+        places = [self.matrix(features, width)] * count if self.packs else list(self.new(count, features, width))
+        whole = []
+        for expert, place in enumerate(places):
+            for name, part in zip(names, place.split(rows, dim=1), strict=True):
+                self.read(f"{prefix}experts.{expert}.{name}.weight", part.T)
+            whole.append(self.ready(place))
+        return whole
 
+    def packed(self, prefix: str, names: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each expert's packed rows `[1, N, K/8]` and scales `[1, N, K/32]`, on the device."""
+        for expert in range(self.config.n_routed_experts):
+            weights = [f"{prefix}experts.{expert}.{name}.weight" for name in names]
+            yield self.joined(weights, "packed"), self.joined(weights, "scale")
 
-def resident_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of everything but the routed experts in `dtype`: what float32 would double."""
-    c = config
-    attention = c.hidden_size * (c.cache_width + c.num_attention_heads * c.v_head_dim) + c.kv_lora_rank * (
-        c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    )
-    q_width = c.num_attention_heads * c.qk_head_dim
-    attention += c.hidden_size * q_width if c.q_lora_rank is None else c.q_lora_rank * (c.hidden_size + q_width)
-    total = 2 * c.vocab_size * c.hidden_size
-    for layer in range(c.num_hidden_layers):
-        width = c.moe_intermediate_size * c.n_shared_experts if c.is_moe(layer) else c.intermediate_size
-        total += attention + 3 * c.hidden_size * width
-    return total * dtype.itemsize
+    def joined(self, weights: list[str], part: str) -> Tensor:
+        rows = []
+        for name in (f"{weight}_{part}" for weight in weights):
+            with self.checkpoint.view(name) as stored:
+                rows.append(stored.to(self.device, copy=True))
+            self.arrived(self.checkpoint.size(name))
+        return torch.cat(rows)[None]
+
+    def stacked(self, parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Both tensors `[1, ...]` of every expert, each kind in one `[E, ...]` whose memory is taken once."""
+        (first, second), count = next(parts), self.config.n_routed_experts
+        one, other = first.new_empty(count, *first.shape[1:]), second.new_empty(count, *second.shape[1:])
+        for expert, (weight, scale) in enumerate(chain([(first, second)], parts)):
+            one[expert], other[expert] = weight[0], scale[0]
+        return one, other

@@ -16,6 +16,9 @@ from torch import Tensor
 GROUP = 32
 """INT4 weights share one scale per this many input features."""
 
+FP8_BLOCK = 128
+"""FP8 weights share one scale per square of this many rows and columns."""
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension: in float32, cast back to `x.dtype`, then times `weight`."""
@@ -109,14 +112,17 @@ def route(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Chooses experts: `logits` float32 `[T, E]` -> ids `[T, K]` int64, weights `[T, K]` float32.
 
-    `bias` only decides who is chosen; weights come from the unbiased scores. With groups, a group's score is the sum
-    of its two best, and experts of dropped groups are masked with -inf, as in transformers 5 and the original code.
+    `bias` only decides who is chosen; weights come from the unbiased scores. With groups, only experts of the
+    `top_groups` best groups can be chosen: under sigmoid scoring a group counts the sum of its two best (DeepSeek-V3's
+    `noaux_tc`), under softmax its best (V2's `group_limited_greedy`). Experts of dropped groups are masked with -inf,
+    as in transformers 5 and the original V3 code; V2's masks with 0, which no softmax falls under.
     """
     scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
     choice = scores if bias is None else scores + bias
     if groups > 1:
         grouped = torch.unflatten(choice, -1, (groups, -1))  # [T, G, E/G]
-        kept = grouped.topk(2, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices  # [T, top_groups]
+        best = grouped.topk(2 if scoring == "sigmoid" else 1, dim=-1).values.sum(-1)  # [T, G]
+        kept = best.topk(top_groups, dim=-1).indices  # [T, top_groups]
         dropped = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=logits.device).scatter(-1, kept, False)
         choice = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
     ids = choice.topk(top_k, dim=-1).indices
@@ -160,6 +166,14 @@ def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = (grouped.abs().amax(-1) / 7).clamp_min(1e-5).bfloat16()
     values = (grouped / scale.float()[..., None]).round().clamp(-7, 7).to(torch.int8)
     return pack_int4(values.flatten(-2)), scale
+
+
+def dequantise_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight · scale` per 128×128 block: float8_e4m3fn `[N, K]`, float `[⌈N/128⌉, ⌈K/128⌉]` -> `[N, K]`, multiplied in
+    float32 and rounded once. The checkpoints' `weight_scale_inv` is this scale, in spite of its name."""
+    rows, columns = weight.shape
+    per_row = scale.float().repeat_interleave(FP8_BLOCK, 0)[:rows]  # [N, K/128]
+    return (weight.float() * per_row.repeat_interleave(FP8_BLOCK, 1)[:, :columns]).to(dtype)
 
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

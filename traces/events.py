@@ -110,7 +110,7 @@ class ToolResult:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Token counts and times of one turn. `prompt_tokens` counts what the turn's context held, `cached_tokens` the part
-    of it that was not computed again."""
+    of it that was not computed again. What only an engine of this process knows is 0 for others."""
 
     type: ClassVar[str] = "usage"
     prompt_tokens: int
@@ -118,7 +118,18 @@ class Usage:
     cached_tokens: int = 0
     thinking_tokens: int = 0
     prefill_seconds: float = 0.0
+    """From the request to the first token."""
     decode_seconds: float = 0.0
+    """From the first token to the last."""
+    queue_seconds: float = 0.0
+    """The part of `prefill_seconds` that went by before the engine took the turn up."""
+    prefilled_tokens: int = 0
+    """Appended tokens that were computed."""
+    decoding_passes: int = 0
+    """Forward passes for the sampled tokens; fewer where drafts held."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Tokens drafted from the context, and those of them that the model chose."""
     cost: float = 0.0
     """In the currency of the configured prices; 0 when none are configured."""
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import anyio
@@ -52,6 +55,7 @@ class Job:
     world: int
     tasks: int
     seed: int
+    grammar: bool
 
 
 async def run_task(agent: tl.Agent, family: str, task: Task) -> Outcome:
@@ -91,17 +95,21 @@ async def run_job(job: Job) -> list[Outcome]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         world.write(folder)
         tools = [tl.Search(folder), tl.Python()]
-        async with tl.Agent(model=job.model, tools=tools, limits=tl.Limits(steps=400), trace=False) as agent:
+        limits = tl.Limits(steps=400)
+        async with tl.Agent(job.model, tools, limits=limits, trace=False, grammar=job.grammar) as agent:
             for _ in range(job.tasks):
                 task = make_task(world, "chain" if links else job.family, rng, links=links)
                 outcomes.append(await run_task(agent, job.family, task))
     return outcomes
 
 
-def work(job: Job) -> list[Outcome]:
-    import torch
+def pin(cores: Queue[int]) -> None:
+    """Give this process a core of its own: engines that share two cores wait for each other's threads."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})
 
-    torch.set_num_threads(1)
+
+def work(job: Job) -> list[Outcome]:
     return anyio.run(run_job, job)
 
 
@@ -109,7 +117,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     for family in arguments.family or EVALUATED:
         left, world = arguments.tasks, arguments.seed * 1000
         while left > 0:
-            yield Job(arguments.model, family, world, min(left, TASKS_PER_WORLD), arguments.seed)
+            yield Job(arguments.model, family, world, min(left, TASKS_PER_WORLD), arguments.seed, arguments.grammar)
             left, world = left - TASKS_PER_WORLD, world + 1
 
 
@@ -143,11 +151,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tasks", type=int, default=100, help="tasks a family")
     parser.add_argument("--family", action="append", choices=EVALUATED, help="only this one (may be given again)")
+    parser.add_argument("--grammar", action="store_true", help="let a grammar keep the calls valid")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
     arguments = parser.parse_args()
     tally = Tally()
-    with ProcessPoolExecutor(arguments.processes) as pool:
+    free = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    cores: Queue[int] = multiprocessing.Queue()
+    for process in range(arguments.processes):
+        cores.put(free[process % len(free)])
+    with ProcessPoolExecutor(arguments.processes, initializer=pin, initargs=(cores,)) as pool:
         for outcomes in pool.map(work, jobs(arguments)):
             tally.outcomes += outcomes
             if not arguments.json:

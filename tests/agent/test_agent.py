@@ -4,11 +4,13 @@ import asyncio
 import gc
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from chat_server import ChatServer, turn
 from loop_tools import ANSWER, SmallTool, echo, says, sleep
 from thinkloop.agent.agent import SYSTEM, Agent
 from thinkloop.agent.limits import Limits
@@ -106,6 +108,9 @@ def test_a_task_longer_than_the_context_is_refused_before_the_model_runs(tmp_pat
         ({"model": "mini", "model_name": "x"}, "not a URL"),
         ({"model": 3}, "`model` is int"),
         ({"model": ScriptedModel([]), "sampling": Sampling()}, "given by name"),
+        ({"model": ScriptedModel([]), "seed": 3}, "given by name"),
+        ({"model": "mini", "seed": -1}, "`seed` is -1"),
+        ({"model": "mini", "seed": 2**63}, "`seed` is 9223372036854775808"),
         ({"model": "mini", "tools": [print]}, "decorate the function with `@tool`"),
         ({"model": "mini", "tools": [Box]}, "`Box` is a class"),
         ({"model": "mini", "tools": ["search"]}, "is not a tool"),
@@ -160,6 +165,30 @@ async def test_the_run_says_all_that_is_needed_to_do_it_again() -> None:
     assert (start.task, start.system, start.limits["steps"]) == ("Find out.", SYSTEM, 7)
     assert start.tools[0]["function"]["name"] == "echo"
     assert start.model["kind"] == "scripted"
+
+
+@anyio_test
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ({}, {}),
+        ({"seed": 3}, {"seed": 3}),
+        ({"sampling": Sampling(temperature=0.5)}, {"temperature": 0.5}),
+        ({"sampling": Sampling(top_p=0.9, seed=1)}, {"top_p": 0.9, "seed": 1}),
+        ({"sampling": Sampling(top_p=0.9, seed=1), "seed": 2}, {"top_p": 0.9, "seed": 2}),
+    ],
+    ids=repr,
+)
+async def test_a_server_is_sent_the_sampling_that_was_asked_for_and_the_record_says_so(
+    options: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    with ChatServer([turn(content="The answer.")]) as server:
+        async with Agent(server.url, model_name="kimi", trace=False, **options) as agent:
+            events = [event async for event in agent.stream("Find out.")]
+        body = server.posts[0].body
+    assert {key: body[key] for key in body.keys() & {f.name for f in fields(Sampling)}} == sent
+    assert isinstance(events[0], RunStarted)
+    assert events[0].sampling == events[0].model["sampling"] == sent
 
 
 @anyio_test

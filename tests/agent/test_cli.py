@@ -147,16 +147,13 @@ def test_options_come_from_flag_then_environment_then_file(
 
 def test_options_reach_model_and_limits(opened: list[dict[str, Any]]) -> None:
     server = ("--model", "http://x/v1", "--model-name", "k2")
-    limits = ("--max-thinking", "9", "--max-tokens", "5000", "--time-limit", "60")
+    limits = ("--max-thinking", "9", "--thinking-budget", "90", "--max-tokens", "5000", "--time-limit", "60")
     result = run(*server, *limits, "--seed", "7", "--temperature", "0.5", "--json")
     start = json.loads(result.stdout.splitlines()[0])
     assert (opened[-1]["name"], opened[-1]["model_name"], opened[-1]["seed"]) == ("http://x/v1", "k2", 7)
     assert (opened[-1]["sampling"].temperature, opened[-1]["sampling"].seed) == (0.5, 7)
-    assert (start["limits"]["thinking_per_step"], start["limits"]["tokens"], start["limits"]["seconds"]) == (
-        9,
-        5000,
-        60,
-    )
+    wanted = {"thinking_per_step": 9, "thinking": 90, "tokens": 5000, "seconds": 60}
+    assert {name: start["limits"][name] for name in wanted} == wanted
     assert [tool["function"]["name"] for tool in start["tools"]] == ["search", "open"]
 
 

@@ -14,7 +14,7 @@ def calls(count: int, **usage: float) -> list[dict[str, object]]:
     return [says("echo", str(n)) | {"usage": usage} for n in range(count)]
 
 
-@pytest.mark.parametrize("name", ["steps", "tokens", "thinking_per_step", "seconds", "cost", "bad_turns"])
+@pytest.mark.parametrize("name", ["steps", "tokens", "thinking_per_step", "thinking", "seconds", "cost", "bad_turns"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), "3", True])
 def test_a_limit_that_makes_no_sense_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ThinkloopError, match=name):
@@ -77,6 +77,14 @@ async def test_thinking_per_step_is_passed_on_and_told() -> None:
     run = await ran(script, [echo()], limits=Limits(thinking_per_step=64))
     assert [turn.max_thinking for turn in run.model.turns] == [64, 64]
     assert [(event.limit, event.used) for event in run.of(LimitReached)] == [("thinking", 64)]
+    assert run.end.reason == "answered"
+
+
+async def test_thinking_over_the_run_is_what_is_left_of_it() -> None:
+    script = [says("echo", name) | {"usage": {"thinking_tokens": 40}} for name in "abc"]
+    run = await ran([*script, ANSWER], [echo()], limits=Limits(thinking=100, thinking_per_step=64))
+    assert [turn.max_thinking for turn in run.model.turns] == [64, 60, 20, 1]
+    assert [(event.limit, event.allowed) for event in run.of(LimitReached)] == [("thinking", 20), ("thinking", 1)]
     assert run.end.reason == "answered"
 
 

@@ -212,6 +212,57 @@ async def test_limits_and_the_last_step_s_choice_are_sent() -> None:
     assert body["tools"] == TOOLS
 
 
+async def sampling_sent(**options: Any) -> dict[str, Any]:
+    """The request's fields but for those that every request has."""
+    with ChatServer([turn(content="x")]) as server:
+        await one(server, **options)
+        body = server.posts[0].body
+    return {
+        key: body[key]
+        for key in body.keys() - {"model", "messages", "tools", "tool_choice", "stream", "stream_options"}
+    }
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ({}, {}),
+        ({"seed": 0}, {"seed": 0}),
+        ({"sampling": Sampling(), "seed": 7}, {"seed": 7}),
+        ({"sampling": Sampling(temperature=1.0, top_p=1.0)}, {"temperature": 1.0, "top_p": 1.0}),
+        ({"sampling": Sampling(presence_penalty=0.5, frequency_penalty=0.0)},
+         {"presence_penalty": 0.5, "frequency_penalty": 0.0}),
+        ({"sampling": Sampling(logit_bias={163606: -100, 5: 1.5})}, {"logit_bias": {"163606": -100, "5": 1.5}}),
+        ({"sampling": Sampling(stop=("END", "\n\n"))}, {"stop": ["END", "\n\n"]}),
+        ({"sampling": Sampling(top_k=20, min_p=0.05)}, {"top_k": 20, "min_p": 0.05}),
+    ],
+    ids=repr,
+)  # fmt: skip
+async def test_what_was_set_is_sent_and_the_rest_is_left_to_the_server(
+    options: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    assert await sampling_sent(**options) == sent
+
+
+@pytest.mark.anyio
+async def test_where_servers_differ_they_are_told_in_words_that_all_of_them_take() -> None:
+    assert await sampling_sent(sampling=Sampling(top_k=0)) == {"top_k": -1}  # SGLang refuses 0
+    both = {"repetition_penalty": 1.1, "repeat_penalty": 1.1}  # vLLM's and SGLang's name, llama.cpp's name
+    assert await sampling_sent(sampling=Sampling(repetition_penalty=1.1)) == both
+
+
+def test_the_record_says_what_was_set_and_nothing_else() -> None:
+    described = RemoteModel("http://h", "kimi", sampling=Sampling(logit_bias={5: 1}), seed=3).describe()
+    assert described["sampling"] == {"logit_bias": {"5": 1}, "seed": 3}
+    assert RemoteModel("http://h", "kimi").describe()["sampling"] == {}
+
+
+def test_a_seed_out_of_range_is_refused_before_anything_is_sent() -> None:
+    with pytest.raises(ThinkloopError, match="`seed` is -1"):
+        RemoteModel("http://h", "kimi", seed=-1)
+
+
 # What comes back
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from thinkloop.engine.checkpoint import expected_tensors
 from thinkloop.engine.config import ModelConfig
-from thinkloop.kernels.reference import dequantise_int4, quantise_int4
+from thinkloop.engine.layout import FP8 as FP8_DTYPE
+from thinkloop.engine.layout import expected_tensors
+from thinkloop.kernels.reference import FP8_BLOCK, dequantise_fp8, dequantise_int4, quantise_int4
 from torch import Tensor
 
 Json = dict[str, Any]
@@ -30,6 +32,8 @@ INT4: Json = {
                     "block_structure": None}}},
     "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"],
 }  # fmt: skip
+
+FP8: Json = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def config_json(**changes: Any) -> Json:
@@ -61,8 +65,10 @@ def random_tensors(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torc
     """A random model whose logits spread: every tensor `config` needs, by published name."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for name, (shape, _) in expected_tensors(config).items():
-        if name.endswith("weight_packed"):
+    for name, (shape, dtypes) in expected_tensors(config).items():
+        if FP8_DTYPE in dtypes:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantise_fp8(_random(name, shape, generator))
+        elif name.endswith("weight_packed"):
             weight = torch.randn(shape[0], shape[1] * 8, generator=generator) * (shape[1] * 8) ** -0.5
             tensors[name], tensors[name.replace("_packed", "_scale")] = quantise_int4(weight)
             tensors[name.replace("_packed", "_shape")] = torch.tensor(weight.shape)
@@ -80,10 +86,23 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     return values if "embed" in name else values * shape[-1] ** -0.5
 
 
+def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 as published, the largest value of each 128×128 block at e4m3's 448: float8_e4m3fn `[N, K]`, float32 scale
+    `[⌈N/128⌉, ⌈K/128⌉]`."""
+    rows, columns = weight.shape
+    padded = F.pad(weight, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))  # [N/128, 128, K/128, 128]
+    scale = blocks.abs().amax((1, 3)) / 448
+    values = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    return values.flatten(2, 3).flatten(0, 1)[:rows, :columns].contiguous(), scale
+
+
 def dequantised(tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The same model with its packed experts written out."""
+    """The same model with its packed experts and FP8 projections written out."""
     whole = {name: tensor for name, tensor in tensors.items() if ".weight_" not in name}
     for name, packed in tensors.items():
+        if packed.dtype == torch.float8_e4m3fn:
+            whole[name] = dequantise_fp8(packed, tensors[f"{name}_scale_inv"], dtype)
         if name.endswith(".weight_packed"):
             scale = tensors[name.replace("_packed", "_scale")]
             whole[name.removesuffix("_packed")] = dequantise_int4(packed, scale, dtype)
@@ -100,7 +119,8 @@ def write_checkpoint(folder: Path, config: Json, tensors: dict[str, Tensor] | No
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
+    count = len(tensors)
+    weight_map = {n: f"model-{i * shards // count + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(tensors)}
     for file in sorted(set(weight_map.values())):
         save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": weight_map}

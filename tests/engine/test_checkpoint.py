@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import INT4, config_json, random_tensors, write_checkpoint
+from checkpoints import FP8, INT4, config_json, dequantised, random_tensors, write_checkpoint
 from thinkloop.engine.checkpoint import Checkpoint, CheckpointError
 from thinkloop.engine.config import ModelConfig
 from thinkloop.engine.engine import Engine, EngineError
@@ -44,11 +44,21 @@ def test_every_float_type_is_read(tmp_path: Path, kind: torch.dtype) -> None:
         assert engine.logits([1, 2]).isfinite().all()
 
 
-def test_layers_for_multi_token_prediction_are_skipped(tmp_path: Path) -> None:
-    config, tensors = tensors_of()
+def test_layers_for_multi_token_prediction_are_skipped_where_the_config_has_them(tmp_path: Path) -> None:
+    config, tensors = tensors_of(num_nextn_predict_layers=1)
     tensors["model.layers.3.eh_proj.weight"] = torch.zeros(2, 2)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
     open_checkpoint(write_checkpoint(tmp_path / "m", config, tensors))
+    with pytest.raises(CheckpointError, match=r"no place in this model: model\.layers\.3\.eh_proj"):
+        open_checkpoint(write_checkpoint(tmp_path / "m", config | {"num_nextn_predict_layers": 0}, tensors))
+
+
+def test_a_shard_that_holds_nothing_needed_may_be_missing(tmp_path: Path) -> None:
+    config, tensors = tensors_of(num_nextn_predict_layers=1)
+    tensors |= {f"model.layers.3.part{i}": torch.zeros(2) for i in range(len(tensors))}
+    folder = write_checkpoint(tmp_path / "m", config, tensors, shards=2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
@@ -86,8 +96,13 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path, content: bytes
 def test_missing_misshapen_mistyped_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     config, good = tensors_of(quantization_config=INT4)
     name = f"{EXPERT}.weight_packed"
+    absent = {n: t for n, t in good.items() if n != name}
     bad: dict[str, tuple[dict[str, Tensor], str]] = {
-        "missing": ({n: t for n, t in good.items() if n != name}, "missing"),
+        "missing": (absent, "1 tensors are missing"),
+        "misnamed": (
+            absent | {f"{EXPERT}.packed": good[name]},
+            r"missing: .*weight_packed; .*up_proj\.packed has no place",
+        ),
         "shape": (good | {name: torch.zeros(32, 4, dtype=torch.int32)}, r"shape \[32, 4\].*\[32, 8\]"),
         "type": (good | {name: torch.zeros(32, 8)}, "F32 where I32"),
         "unexpected": (good | {f"{EXPERT}.weight_zero_point": torch.zeros(1)}, "no place"),
@@ -97,6 +112,87 @@ def test_missing_misshapen_mistyped_and_unexpected_tensors_are_named(tmp_path: P
         with pytest.raises(CheckpointError, match=words) as caught:
             open_checkpoint(folder)
         assert EXPERT in str(caught.value)
+
+
+def test_fp8_needs_the_scales_of_its_blocks(tmp_path: Path) -> None:
+    config, good = tensors_of(quantization_config=FP8, hidden_size=160)
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    for bad, words in (
+        ({n: t for n, t in good.items() if n != name}, "1 tensors are missing"),
+        (good | {name: torch.ones(1, 1)}, r"shape \[1, 1\].*\[2, 1\]"),
+        (good | {name: torch.ones(2, 1, dtype=torch.int32)}, "I32 where"),
+    ):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            open_checkpoint(write_checkpoint(tmp_path / "m", config, bad))
+        assert name in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"F8_E4M3 where BF16|no place"):
+        open_checkpoint(write_checkpoint(tmp_path / "m", config | {"quantization_config": None}, good))
+
+
+def test_an_fp8_model_may_leave_projections_whole(tmp_path: Path) -> None:
+    config, tensors = tensors_of(quantization_config=FP8 | {"modules_to_not_convert": ["self_attn"]})
+    whole = dequantised(tensors)
+    mixed = {n: t for n, t in tensors.items() if "self_attn" not in n} | {
+        n: t for n, t in whole.items() if "self_attn" in n
+    }
+    one = write_checkpoint(tmp_path / "one", config, tensors)
+    other = write_checkpoint(tmp_path / "other", config, mixed)
+    with Engine.load(one) as a, Engine.load(other) as b:
+        assert torch.equal(a.logits([3, 1, 4]), b.logits([3, 1, 4]))
+
+
+def test_a_slice_asks_only_for_its_layers_and_their_shards(tmp_path: Path) -> None:
+    config, tensors = tensors_of(num_hidden_layers=6, num_nextn_predict_layers=1)
+    folder = write_checkpoint(tmp_path / "m", config, tensors, shards=8)
+    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    kept = {
+        file
+        for name, file in places.items()
+        if "layers" not in name or name.startswith(("model.layers.2", "model.layers.3"))
+    }
+    for file in set(places.values()) - kept:
+        (folder / file).unlink()
+    whole = ModelConfig.load(folder)
+    with pytest.raises(CheckpointError, match="shards are missing"):
+        Checkpoint(folder, whole)
+    piece = Checkpoint(folder, whole.sliced(range(2, 4)))
+    assert piece.fingerprint != Checkpoint(folder, whole.sliced(range(2, 3))).fingerprint
+    (folder / places["model.layers.3.input_layernorm.weight"]).unlink()
+    with pytest.raises(CheckpointError, match="shards are missing"):
+        Checkpoint(folder, whole.sliced(range(2, 4)))
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", 7])
+def test_an_index_that_names_no_file_of_the_folder_is_refused(tmp_path: Path, file: object) -> None:
+    config, tensors = tensors_of()
+    folder = write_checkpoint(tmp_path / "m", config, tensors, shards=2)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file)}))
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": [159, 64]}, "isn't"),
+        ({"data_offsets": [8, 0]}, "out of order"),
+        ({"data_offsets": [-8, 40952]}, "out of order"),
+        ({"data_offsets": [0]}, "header"),
+        ({"shape": "64"}, "lists"),
+        ({"dtype": None}, "is None where"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    config, tensors = tensors_of()
+    file = write_checkpoint(tmp_path / "m", config, tensors) / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["lm_head.weight"] |= change
+    raw = json.dumps(header).encode()
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + length :])
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path / "m")
 
 
 def test_weights_that_are_not_there_are_asked_for(tmp_path: Path) -> None:
@@ -112,7 +208,7 @@ def test_nothing_is_read_before_everything_is_checked(tmp_path: Path, monkeypatc
     config, tensors = tensors_of()
     del tensors["lm_head.weight"]
     folder = write_checkpoint(tmp_path / "m", config, tensors)
-    monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(Checkpoint, "view", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         Engine.load(folder)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,10 @@ import torch
 from checkpoints import INT4, K2_YARN, config_json, dequantised, mini_config_json, random_tensors, write_checkpoint
 from thinkloop.engine.config import ModelConfig
 from thinkloop.engine.engine import Engine
+from thinkloop.engine.kv_cache import LatentCache
+from thinkloop.engine.model import Segment
 from torch import Tensor
+from transformers_models import reference_logits
 
 SHAPES: dict[str, dict[str, Any]] = {
     "k2": {},
@@ -26,24 +28,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def theirs(folder: Path, ids: list[int], weights: dict[str, Tensor]) -> Tensor:
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    data = json.loads((folder / "config.json").read_text())
-    data.pop("quantization_config", None)
-    plain = write_checkpoint(folder / "plain", data | {"model_type": "deepseek_v3", "torch_dtype": "float32"}, weights)
-    config = DeepseekV3Config.from_pretrained(plain)
-    config._experts_implementation = "eager"
-    model, report = DeepseekV3ForCausalLM.from_pretrained(
-        plain, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    with torch.inference_mode():
-        logits: Tensor = model.eval()(torch.tensor([ids])).logits[0]
-    return logits
-
-
 def some_ids(count: int, vocabulary: int = 160) -> list[int]:
     return torch.randint(0, vocabulary, (count,), generator=torch.Generator().manual_seed(7)).tolist()
 
@@ -54,12 +38,12 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 
 def fed(engine: Engine, ids: list[int], sizes: list[int]) -> Tensor:
     """Logits of every token, fed in pieces of the given sizes (the last size repeats)."""
-    cache, parts, at = engine.model.new_cache(), [], 0
+    cache, parts, at = LatentCache(engine.pool), [], 0
+    cache.reserve(len(ids))
     while at < len(ids):
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
         piece = ids[at : at + size]
-        logits = engine.model.forward(piece, cache, every=len(piece) > 1)
-        parts.append(logits if len(piece) > 1 else logits[None])
+        parts += engine.model.forward([Segment(cache, piece, every=True)])
         at += size
     return torch.cat(parts)
 
@@ -74,7 +58,7 @@ def test_logits_equal_transformers_fed_whole_in_chunks_and_token_by_token(
     tensors = random_tensors(ModelConfig.from_json(config))
     folder = write_checkpoint(tmp_path / "model", config, tensors)
     ids = some_ids(90)
-    reference = theirs(folder, ids, dequantised(tensors))
+    reference = reference_logits(tmp_path / "plain", config, dequantised(tensors), ids)
     with Engine.load(folder, dtype="float32") as engine:
         assert relative_error(engine.logits(ids), reference) < 1e-4
         assert relative_error(fed(engine, ids, [40, 7, 1, 20, 3]), reference) < 1e-4
@@ -86,7 +70,7 @@ def test_positions_beyond_yarns_original_length_equal_transformers(tmp_path: Pat
     tensors = random_tensors(ModelConfig.from_json(config))
     folder = write_checkpoint(tmp_path / "model", config, tensors)
     ids = some_ids(4200)
-    reference = theirs(folder, ids, tensors)
+    reference = reference_logits(tmp_path / "plain", config, tensors, ids)
     with Engine.load(folder) as engine:
         assert relative_error(engine.logits(ids)[4090:], reference[4090:]) < 1e-4
 
@@ -130,9 +114,7 @@ def test_prefill_chunks_of_a_long_text_equal_one_pass(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", config_json(max_position_embeddings=1024))
     ids = some_ids(700)
     with Engine.load(folder) as engine:
-        cache = engine.model.new_cache()
-        whole = engine.model.forward(ids, cache, every=True)
-        assert relative_error(engine.logits(ids), whole) < 1e-5
+        assert relative_error(engine.logits(ids), fed(engine, ids, [700])) < 1e-5
 
 
 def test_experts_stay_packed_in_memory(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ async def test_the_request_carries_what_was_asked_and_the_key() -> None:
     assert request.headers["authorization"] == "Bearer k1"
     assert request.body == {
         "model": "kimi", "messages": MESSAGES, "tools": TOOLS, "tool_choice": "none", "max_tokens": 7, "stream": True,
-        "stream_options": {"include_usage": True}, "temperature": 1.0, "top_p": 0.95, "seed": 3,
+        "stream_options": {"include_usage": True}, "top_p": 0.95, "seed": 3,
     }  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from thinkloop.engine.engine import Engine
 from thinkloop.engine.generation import TokenStream
 from thinkloop.engine.params import Sampling
 from thinkloop.engine.sampler import SamplingError
+from thinkloop.engine.scheduler import EngineClosed
 from thinkloop.engine.session import Session, SessionError
 from thinkloop.engine.snapshot import SnapshotError
-from thinkloop.engine.worker import EngineClosed
 
 pytestmark = pytest.mark.anyio
 

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from thinkloop.kernels.reference import (
+    dequantise_fp8,
     dequantise_int4,
     mla_absorbed,
     mla_expanded,
@@ -74,6 +75,23 @@ def test_quantisation_error_is_at_most_half_a_step() -> None:
     assert (error <= scale.float()[..., None] * 0.55).all()  # .05 for the bfloat16 scale
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (128, 128), (256, 384), (200, 300), (576, 7)])
+def test_fp8_is_written_out_as_compressed_tensors_does(rows: int, columns: int) -> None:
+    package = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    blocks = package.QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[128, 128])
+    weight = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-rows // 128), -(-columns // 128))
+    theirs = dequantize(weight, scale, args=blocks, dtype=torch.float32)
+    assert torch.equal(dequantise_fp8(weight, scale, torch.float32), theirs)
+
+
+def test_fp8_is_rounded_once() -> None:
+    weight, scale = torch.full((2, 3), 1.125).to(torch.float8_e4m3fn), torch.full((1, 1), 1.0039)
+    assert dequantise_fp8(weight, scale, torch.bfloat16)[0, 0] == torch.tensor(1.125 * 1.0039).bfloat16()
+
+
 def test_rope_turns_interleaved_pairs_and_keeps_relative_positions() -> None:
     table = rope_table(torch.tensor([1.0, 0.1]), 0, 64)
     x = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
@@ -127,6 +145,22 @@ def test_groups_are_chosen_by_their_two_best_and_the_others_masked() -> None:
     assert sorted(ids[0].tolist()) == [0, 1, 2] or sorted(ids[0].tolist()) == [3, 4, 5]
     scores = logits.sigmoid().view(3, 3).topk(2).values.sum(-1)
     assert ids[0, 0] // 3 == scores.argmax()
+
+
+def test_under_softmax_a_group_counts_its_best_expert() -> None:
+    logits = torch.tensor([[3.0, -9.0, -9.0, 2.5, 2.4, -9.0, -9.0, -9.0, -9.0]])  # by two best, the second group leads
+    ids, weights = route(logits, None, top_k=2, groups=3, top_groups=1, scale=16.0, normalise=False, scoring="softmax")
+    assert ids[0, 0] == 0
+    assert ids[0, 1] in (1, 2)
+    torch.testing.assert_close(weights, 16.0 * logits.softmax(-1).gather(1, ids))
+
+
+def test_softmax_routing_without_groups_takes_the_likeliest() -> None:
+    logits = torch.randn(7, 12)
+    ids, weights = route(logits, None, top_k=3, normalise=False, scoring="softmax")
+    best = logits.softmax(-1).topk(3)
+    assert torch.equal(ids, best.indices)
+    torch.testing.assert_close(weights, best.values)
 
 
 def test_masked_groups_lose_even_against_negative_scores() -> None:

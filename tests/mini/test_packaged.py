@@ -68,20 +68,28 @@ async def test_it_answers_on_a_held_out_world(family: str, tmp_path: Path) -> No
 
 
 @pytest.mark.anyio
-async def test_a_long_chain_reads_each_token_once_between_context_edits(tmp_path: Path) -> None:
-    world = make_world(98, held_out=True, ships=12, islands=10, people=16, lights=60)
+async def test_a_run_of_300_steps_reads_each_token_once_between_context_edits(tmp_path: Path) -> None:
+    world = make_world(98, held_out=True, ships=60, islands=60, people=60, lights=330)
     world.write(tmp_path)
-    task = make_task(world, "chain", random.Random(0), links=40)
-    computed = edits = appended = 0
+    task = make_task(world, "chain", random.Random(0), links=298)
+    prefilled = reused = edits = appended = steps = 0
+    answer = ""
     async with tl.Agent(tools=[tl.Search(tmp_path)], trace=False) as agent, agent.stream(task.question) as events:
         async for event in events:
-            if isinstance(event, tl.events.Usage):
-                computed += event.prompt_tokens - event.cached_tokens
-            elif isinstance(event, tl.events.TurnFinished):
-                appended += len(event.prompt_ids)
-            elif isinstance(event, tl.events.ContextEdited):
-                edits += 1
-                assert event.policy == "drop_steps"
-                assert event.tokens_after < event.tokens_before
-    assert edits >= 3
-    assert computed <= appended + 2 * 42
+            match event:
+                case tl.events.Usage():
+                    prefilled += event.prefilled_tokens
+                    reused += event.cached_tokens
+                    steps += 1
+                case tl.events.TurnFinished():
+                    appended += len(event.prompt_ids)
+                case tl.events.ContextEdited():
+                    edits += 1
+                    assert event.policy == "drop_steps"
+                    assert event.tokens_after < event.tokens_before
+                case tl.events.RunFinished():
+                    answer = event.answer
+    assert (steps, answer) == (300, task.answer)
+    assert edits >= 20
+    assert prefilled == appended
+    assert reused > 3 * prefilled  # the rest is read again after context edits, which say so

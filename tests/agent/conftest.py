@@ -1,0 +1,6 @@
+"""Makes the checkpoints that the engine's tests write importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
