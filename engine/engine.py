@@ -14,13 +14,14 @@ import torch
 from thinkloop.engine.checkpoint import Checkpoint
 from thinkloop.engine.config import ModelConfig
 from thinkloop.engine.drafts import Confidence, Drafter
+from thinkloop.engine.footprint import default_dtype, resident_bytes
 from thinkloop.engine.kv_cache import BlockPool, LatentCache
 from thinkloop.engine.model import Segment, Transformer
 from thinkloop.engine.params import Sampling
 from thinkloop.engine.scheduler import EngineClosed, Scheduler
 from thinkloop.engine.sequence import Sequence
 from thinkloop.engine.session import Session
-from thinkloop.engine.weights import Progress, load_weights, resident_bytes
+from thinkloop.engine.weights import Progress, load_weights
 from thinkloop.traces.events import ThinkloopError
 from torch import Tensor
 
@@ -28,9 +29,6 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 
 MINI = Path(__file__).parent / "mini"
-_FLOAT32_LIMIT = 2 << 30
-"""Models whose part outside the experts takes at most this in float32 run in it on the CPU: exact, and 3.5 times
-faster than bfloat16 at the embedded model's size."""
 _ONE_THREAD = 64 << 20
 """Below this, waking a second thread for each op of a step of a few rows costs more than it brings."""
 _WINDOWS = 16
@@ -186,8 +184,9 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str | None, device: str, config: ModelConfig) -> torch.dtype:
     if name not in (None, "float32", "bfloat16"):
         raise EngineError(f"dtype {name!r} isn't known; use 'float32' or 'bfloat16'.")
-    small = device == "cpu" and resident_bytes(config, torch.float32) <= _FLOAT32_LIMIT
-    return torch.float32 if name == "float32" or (name is None and small) else torch.bfloat16
+    if name is None:
+        return default_dtype(config, device)
+    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def _threads(config: ModelConfig) -> tuple[int, int]:

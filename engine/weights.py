@@ -18,7 +18,6 @@ from typing import Protocol
 
 import torch
 from thinkloop.engine.config import ModelConfig
-from thinkloop.engine.footprint import resident_bytes as resident_bytes
 from thinkloop.engine.linear import can_pack, pack, project
 from thinkloop.kernels.int4 import (
     Planes,
