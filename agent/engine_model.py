@@ -223,7 +223,7 @@ class EngineModel:
 
     def _new_lapses(self, grammar: CallGrammar | None) -> Iterator[Error]:
         """What the grammar doesn't enforce and wasn't told before."""
-        for lapse in (grammar.unsupported if grammar else {}).items():
+        for lapse in list((grammar.unsupported if grammar else {}).items()):
             if lapse not in self._lapses:
                 self._lapses.add(lapse)
                 yield Error(where=f"grammar: {lapse[0]}", message=lapse[1], recovered=True)

@@ -8,6 +8,7 @@ how many are worth checking follows from what a step costs and how often they he
 
 from __future__ import annotations
 
+from bisect import bisect_right, insort
 from collections.abc import Iterable
 
 MAX_DRAFT = 15
@@ -97,21 +98,24 @@ class StepCost:
         self.sequences = 1
         """How many decoded together in the last step."""
         self._seconds: dict[int, float] = {}
+        self._sizes: list[int] = []
 
     def learn(self, rows: int, seconds: float) -> None:
         """Takes in one measured step."""
+        if rows not in self._seconds:
+            insort(self._sizes, rows)
         known = self._seconds.setdefault(rows, seconds)
         self._seconds[rows] = known + (0.2 if seconds < known else 0.02) * (seconds - known)
 
     def seconds(self, rows: int) -> float:
         """What a step of `rows` rows takes."""
-        below = max((n for n in self._seconds if n <= rows), default=0)
-        if not below:
+        at = bisect_right(self._sizes, rows)
+        if at == 0:
             return 1.0
-        above = min((n for n in self._seconds if n > rows), default=0)
-        base = self._seconds[below]
-        if below == rows or not above:
+        below, base = self._sizes[at - 1], self._seconds[self._sizes[at - 1]]
+        if below == rows or at == len(self._sizes):
             return base * (1 + 0.125 * (rows - below) / below)
+        above = self._sizes[at]
         return base + (self._seconds[above] - base) * (rows - below) / (above - below)
 
     def ratios(self, most: int) -> list[float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -25,6 +27,7 @@ from thinkloop.engine.weights import Progress, load_weights
 from thinkloop.traces.events import ThinkloopError
 from torch import Tensor
 
+T = TypeVar("T")
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -89,10 +92,12 @@ class Engine:
         if prefill_chunk < 1:
             raise EngineError(f"`prefill_chunk` is {prefill_chunk}; it must be a number of tokens, at least 1.")
         checkpoint = Checkpoint(folder, config)
-        weights = load_weights(checkpoint, kind, where, progress=progress)
         pool = BlockPool(config, tokens, kind, where)
+        network = _in_another_thread(
+            lambda: Transformer(config, load_weights(checkpoint, kind, where, progress=progress))
+        )
         return cls(
-            folder, config, Transformer(config, weights), checkpoint.fingerprint, pool,
+            folder, config, network, checkpoint.fingerprint, pool,
             prefill_chunk=prefill_chunk, cache_patience=cache_patience, speculate=speculate,
             share_prefixes=share_prefixes,
         )  # fmt: skip
@@ -154,6 +159,21 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _in_another_thread(work: Callable[[], T]) -> T:
+    """Runs `work` in a thread that ends with it. torch's own threads serve one thread at full speed: libgomp stops
+    spinning as soon as a second one has a team, and the engine's wide steps take twice as long from then on."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="thinkloop-load", daemon=True).start()
+    return future.result()
 
 
 def _folder(model: str | Path) -> Path:

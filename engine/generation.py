@@ -8,12 +8,13 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
 from thinkloop.engine.constraint import Constraint
-from thinkloop.engine.drafts import StepCost
+from thinkloop.engine.drafts import MAX_DRAFT, StepCost
 from thinkloop.engine.sampler import Sampler, TokenLogprobs
 from thinkloop.engine.sequence import Sequence
 from torch import Tensor
@@ -77,10 +78,12 @@ class Generation:
         self._constraint, self._speculate, self._top = constraint, speculate, logprobs
         self._wanted: list[int] = []
         self._drafts: list[int] = []
-        self._planned = False
+        self._planned = self._caught_up = False
+        self._unread: list[int] = []
+        """Sampled before the drafter had read what stands before them."""
         self._thinking = stops.think_end_id is not None and stops.max_thinking is not None
         self._ready: deque[int] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream collected on the engine's thread cancels from there
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._asleep = self._parked = self._cancelled = self._ended = False
@@ -98,8 +101,6 @@ class Generation:
         self.stats.queue_seconds = self._began - self._asked
         sequence, length = self._sequence, self._length
         sequence.trim(length)
-        if self._speculate:
-            sequence.read_drafts(self._timeline, length)
         logits = sequence.logits_after(length)
         if self._stops.max_tokens <= 0:
             self.finish = "length"
@@ -115,16 +116,33 @@ class Generation:
             return ()
         if not self._planned:
             self._planned = True
+            if self._speculate and not self._caught_up:
+                self._catch_up()
             self._drafts = self._guesses(cost) if len(self._wanted) == 1 else []
         return [*self._wanted, *self._drafts] if self._drafts else self._wanted
+
+    def _catch_up(self) -> None:
+        """Lets the drafter read a little of the timeline, then what was sampled meanwhile."""
+        sequence = self._sequence
+        self._caught_up = sequence.read_drafts(self._timeline, self._length)
+        if self._caught_up:
+            sequence.drafter.read(self._unread)
+            sequence.drafted_to += len(self._unread)
+
+    def shorten(self) -> bool:
+        """Goes without drafts; true when there were some."""
+        had, self._drafts = bool(self._drafts), []
+        return had
 
     def _guesses(self, cost: StepCost) -> list[int]:
         """Drafts: what the grammar leaves no choice about, else what the text suggests."""
         most = self._stops.max_tokens - self.stats.tokens - 1
         forced = self._constraint.forced() if self._constraint is not None else []
         if forced:
-            return forced[: min(most, 15)]
-        return self._sequence.drafter.propose(cost, most) if self._speculate else []
+            known = len(self._sequence.logits) if self._sequence.logits is not None else 0
+            wrong = next((index for index, token in enumerate(forced) if not 0 <= token < known), len(forced))
+            return forced[: min(most, wrong, MAX_DRAFT)]
+        return self._sequence.drafter.propose(cost, most) if self._caught_up else []
 
     def computed(self, logits: Tensor, count: int) -> None:
         self.stats.passes += 1
@@ -154,9 +172,11 @@ class Generation:
             self._sequence.decoded += held
             self.stats.drafted += len(drafts)
             self.stats.accepted += held
-        if self._speculate:
+        if self._caught_up:
             self._sequence.drafter.sampled(tokens)
             self._sequence.drafted_to += len(tokens)
+        elif self._speculate:
+            self._unread += tokens
         self._wanted, self._drafts, self._planned = tokens[-1:], [], False
         self._deliver(tokens, ended=self.finish is not None)
 
@@ -210,8 +230,21 @@ class Generation:
             if wake:
                 self._asleep, self._woken = False, now
             self._parked = not ended and len(self._ready) >= _LEAD
-        if wake and not self._loop.is_closed():
+        if wake:
+            self._signal()
+
+    def _signal(self) -> None:
+        with suppress(RuntimeError):  # the loop was closed
             self._loop.call_soon_threadsafe(self._wake.set)
+
+    def flush(self) -> None:
+        """Wakes the reader for what is ready: the next token may be long in coming."""
+        with self._lock:
+            wake = self._asleep and bool(self._ready)
+            if wake:
+                self._asleep, self._woken = False, perf_counter()
+        if wake:
+            self._signal()
 
     async def next(self) -> int | None:
         """The next token in order; None when there are no more. Raises what the forward pass raised."""

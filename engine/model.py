@@ -65,7 +65,7 @@ class Transformer:
 
     def chunk_size(self, prefix: int, wanted: int) -> int:
         """How many of `wanted` tokens to prefill at once onto `prefix` tokens, so that scores stay in bounds."""
-        return max(16, min(wanted, _SCORES // (self.config.num_attention_heads * (prefix + wanted))))
+        return max(min(16, wanted), min(wanted, _SCORES // (self.config.num_attention_heads * (prefix + wanted))))
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> list[Tensor]:

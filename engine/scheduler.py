@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from thinkloop.engine.drafts import StepCost
@@ -27,7 +27,7 @@ from torch import Tensor
 T = TypeVar("T")
 MAX_BATCH = 32
 """Sequences that decode in one step; more take turns."""
-_NARROW = 4
+_NARROW = 1
 """Rows up to which a small model's step is quicker on one thread."""
 _PAUSE = 0.05
 """Seconds between two looks for room when nobody is at work."""
@@ -40,7 +40,7 @@ class EngineClosed(ThinkloopError):
 
 
 class Job(Protocol):
-    """Something that needs forward passes. All methods run on the engine's thread; `wanted` and `fail` never raise."""
+    """Something that needs forward passes. All methods run on the engine's thread; `flush` and `fail` never raise."""
 
     cache: LatentCache
 
@@ -58,9 +58,23 @@ class Job(Protocol):
         `[1, V]` after the last where they were more than a few."""
         ...
 
-    def fail(self, error: BaseException) -> None:
-        """It can't go on."""
+    def shorten(self) -> bool:
+        """Wants less from now on, as little as it can go on with; true when that is less."""
         ...
+
+    def flush(self) -> None:
+        """Its next step may be long in coming: hands on what it has."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """It can't go on. Gives back what it alone holds."""
+        ...
+
+
+class _Refused(NamedTuple):
+    job: Job
+    error: BaseException
+    long: bool
 
 
 class Scheduler:
@@ -135,12 +149,20 @@ class Scheduler:
             self._inbox.put(task)
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._take_in():
-                if self._jobs:
-                    self._step()
-        for job in self._jobs:
-            job.fail(EngineClosed("The engine was closed while a session was working."))
+        error: BaseException = EngineClosed("The engine was closed while a session was working.")
+        try:
+            with torch.inference_mode():
+                while self._take_in():
+                    if self._jobs:
+                        self._step()
+        except BaseException as bug:
+            error = bug
+            raise
+        finally:
+            with self._lock:
+                self._closed = True
+            for job in self._jobs:
+                job.fail(error)
 
     def _take_in(self) -> bool:
         """Does what has come in; waits for it when there is nothing else to do. False when it is time to stop."""
@@ -161,15 +183,17 @@ class Scheduler:
         batch = self._batch()
         if not batch:
             return
-        started = perf_counter()
+        started, long = perf_counter(), [job for job, ids in batch if len(ids) > _FEW]
+        for job, _ in batch if long else ():
+            job.flush()
         try:
             torch.set_num_threads(self._threads[sum(len(ids) for _, ids in batch) > _NARROW])
             segments = [Segment(job.cache, ids, every=len(ids) <= _FEW) for job, ids in batch]
             results = self._model.forward(segments)
-        except BaseException as error:  # the others' state is whole: lengths move only after the pass
-            self._drop([job for job, _ in batch], error)
+        except BaseException as error:  # everyone's state is whole: lengths move only after the pass
+            self._drop(long or [job for job, _ in batch], error)  # the reader may have been too much: once more without
             return
-        if all(len(ids) <= _FEW for _, ids in batch):
+        if not long:
             self.cost.sequences = len(batch)
             self.cost.learn(sum(len(ids) for _, ids in batch), perf_counter() - started)
         for (job, ids), logits in zip(batch, results, strict=True):
@@ -187,33 +211,63 @@ class Scheduler:
         """The next step: whose tokens, and which. Takes jobs that want nothing off the list; what didn't get a place
         comes first next time."""
         batch: list[tuple[Job, Sequence[int]]] = []
-        served, waiting, refused = deque[Job](), deque[Job](), list[tuple[Job, CacheFull]]()
+        served, waiting, refused = deque[Job](), deque[Job](), list[_Refused]()
         reading = False
         for job in self._jobs:
-            ids = job.wanted(self.cost)
+            ids = self._wanted(job)
+            long = len(ids) > _FEW
             if not ids:
                 continue
-            long = len(ids) > _FEW
             if len(batch) >= MAX_BATCH or (long and reading):
                 waiting.append(job)
                 continue
             if long:
                 ids = ids[: self._model.chunk_size(job.cache.length, self._chunk)]
             try:
-                job.cache.reserve(job.cache.length + len(ids))
-            except CacheFull as error:
-                refused.append((job, error))
+                ids = self._with_room(job, ids)
+            except BaseException as error:
+                refused.append(_Refused(job, error, long))
                 continue
             reading = reading or long
             batch.append((job, ids))
             served.append(job)
-        if not self._gives_up(bool(batch), bool(refused)):
-            waiting.extendleft(job for job, _ in reversed(refused))
-        else:
-            for job, full in refused:
-                job.fail(full)
+        self._refuse(refused, at_work=bool(batch))
+        for job in waiting:
+            job.flush()
+        waiting.extendleft(one.job for one in reversed(refused))
         self._jobs = waiting + served
         return batch
+
+    def _wanted(self, job: Job) -> Sequence[int]:
+        try:
+            return job.wanted(self.cost)
+        except BaseException as error:
+            job.fail(error)
+            return ()
+
+    def _with_room(self, job: Job, ids: Sequence[int]) -> Sequence[int]:
+        """Reserves the cache's rows for `ids`, or for what the job wants at least. Raises `CacheFull`."""
+        try:
+            job.cache.reserve(job.cache.length + len(ids))
+        except CacheFull:
+            if not job.shorten():
+                raise
+            ids = job.wanted(self.cost)
+            job.cache.reserve(job.cache.length + len(ids))
+        return ids
+
+    def _refuse(self, refused: list[_Refused], *, at_work: bool) -> None:
+        """Ends what can't go on, and of the jobs that have waited for room too long one: a reader first, whose blocks
+        the others may need."""
+        for one in [one for one in refused if not isinstance(one.error, CacheFull)]:
+            refused.remove(one)
+            one.job.fail(one.error)
+        if self._gives_up(at_work, bool(refused)):
+            victim = max(refused, key=lambda one: one.long)
+            refused.remove(victim)
+            victim.job.fail(victim.error)
+        for one in refused:
+            one.job.flush()
 
     def _gives_up(self, at_work: bool, refused: bool) -> bool:
         """Whether jobs without room have waited long enough."""

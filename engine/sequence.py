@@ -10,6 +10,9 @@ from thinkloop.engine.drafts import Drafter, StepCost
 from thinkloop.engine.kv_cache import LatentCache
 from torch import Tensor
 
+_READ = 128
+"""Tokens a drafter reads in one step: half a millisecond."""
+
 
 @dataclass(slots=True)
 class Sequence:
@@ -36,19 +39,23 @@ class Sequence:
     def took(self, logits: Tensor) -> None:
         """The cache's rows are the timeline's, and `logits [V]` follow them."""
         self.valid = self.logits_at = self.cache.length
-        self.logits = logits
+        alone = logits.untyped_storage().nbytes() == logits.nbytes
+        self.logits = logits if alone else logits.clone()  # not the whole step's, for as long as the session lives
 
     def logits_after(self, length: int) -> Tensor | None:
         """What follows the first `length` tokens, where it is at hand."""
         return self.logits if self.logits_at == length else None
 
-    def read_drafts(self, timeline: Tokens[int], length: int) -> None:
-        """Brings the drafter up to the first `length` tokens of the timeline."""
+    def read_drafts(self, timeline: Tokens[int], length: int) -> bool:
+        """Brings the drafter nearer to the first `length` tokens of the timeline; true when it is there. A little at a
+        time: 100,000 tokens take 0.5 s, and others wait meanwhile."""
         if length < self.drafted_to:
             self.drafter.cut()
             self.drafted_to = length
-        self.drafter.read(timeline[self.drafted_to : length])
-        self.drafted_to = length
+        end = min(length, self.drafted_to + _READ)
+        self.drafter.read(timeline[self.drafted_to : end])
+        self.drafted_to = end
+        return end == length
 
     def forget(self, length: int) -> None:
         """The timeline was cut to `length` tokens."""
@@ -72,6 +79,7 @@ class Sequence:
         other = LatentCache(self.cache.pool)
         other.restore(rows)
         self.become(Sequence(other, self.drafter, rows.shape[1]))
+        self.drafter.cut()
         self.drafted_to = 0
 
     def fork(self, length: int) -> Sequence:
@@ -104,6 +112,12 @@ class Reading:
     def wanted(self, cost: StepCost) -> Tokens[int]:
         return () if self.done.done() else self._left
 
+    def shorten(self) -> bool:
+        return False
+
+    def flush(self) -> None:
+        pass
+
     def computed(self, logits: Tensor, count: int) -> None:
         sequence, end = self._sequence, self.cache.length
         sequence.took(logits[-1])
@@ -123,5 +137,7 @@ class Reading:
         return [*self._timeline[start : self._known], *self._new[max(0, start - self._known) :]]
 
     def fail(self, error: BaseException) -> None:
+        if not self.done.done():
+            self._sequence.trim(self._known)  # its blocks are free at once
         if not self.done.done() and self.done.set_running_or_notify_cancel():
             self.done.set_exception(error)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio.lowlevel
+import anyio.to_thread
 from thinkloop.engine.constraint import Constraint
 from thinkloop.engine.generation import Finish, Generation, Stops, TokenStream
+from thinkloop.engine.kv_cache import CacheFull
 from thinkloop.engine.params import Sampling
 from thinkloop.engine.sampler import Sampler, check_sampling
 from thinkloop.engine.scheduler import EngineClosed
@@ -45,6 +47,7 @@ class Session:
         self._sequence = sequence
         self._busy: Generation | None = None
         self._reading: Reading | None = None
+        self._moving = False
         self._closed = False
 
     @property
@@ -85,25 +88,39 @@ class Session:
         if not new:
             await anyio.lowlevel.checkpoint()
             return
+        scheduler, known = self._engine.scheduler, len(self._tokens)
         self._reading = Reading(self._sequence, self._tokens, new, self._engine.share_prefixes)
         try:
-            self._engine.scheduler.add(self._reading)
+            scheduler.add(self._reading)
             await asyncio.wrap_future(self._reading.done)
+        except BaseException:
+            with suppress(EngineClosed):
+                scheduler.start(lambda: self._sequence.trim(known))
+            raise
         finally:
             self._reading = None
         self._tokens.extend(new)
 
     def _checked(self, ids: Collection[int]) -> list[int]:
-        new, vocabulary = list(ids), self._engine.config.vocab_size
+        new = list(ids)
         for token in new:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
-                raise SessionError(f"{token!r} is no token id: ids are whole numbers from 0 to {vocabulary - 1}.")
+            self._check_id(token)
         if len(self._tokens) + len(new) > self.window:
             raise SessionError(
                 f"{len(new)} more tokens don't fit: {len(self._tokens)} of the window's {self.window} are used."
                 " Append less, or truncate the session first."
             )
+        if len(self._tokens) + len(new) > self._engine.pool.tokens:
+            raise CacheFull(
+                f"{len(self._tokens) + len(new):,} tokens are more than the whole KV cache holds"
+                f" ({self._engine.pool.tokens:,}). Load the model with a larger `cache_tokens`."
+            )
         return new
+
+    def _check_id(self, token: object) -> None:
+        vocabulary = self._engine.config.vocab_size
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+            raise SessionError(f"{token!r} is no token id: ids are whole numbers from 0 to {vocabulary - 1}.")
 
     def generate(
         self, *, max_tokens: int | None = None, stop_ids: Collection[int] = (), sampling: Sampling | None = None,
@@ -121,6 +138,8 @@ class Session:
         and `SamplingError` on bad parameters.
         """
         self._check_free()
+        if think_end_id is not None:
+            self._check_id(think_end_id)
         if not self._tokens:
             raise SessionError("Nothing to go on: append at least one token before generating.")
         room = self.window - len(self._tokens)
@@ -167,26 +186,40 @@ class Session:
         self._check_free()
         if not 0 <= length <= len(self._tokens):
             raise SessionError(f"Can't truncate to {length}: the session has {len(self._tokens)} tokens.")
-        del self._tokens[length:]
+        self._tokens = self._tokens[:length]  # a new list: the engine's thread may still read the old one
         self._engine.scheduler.start(lambda: self._sequence.forget(length))
 
     async def save(self, path: str | Path) -> None:
         """Writes timeline, generator position and cache to one safetensors file. Raises `SnapshotError`."""
         self._check_free()
-        await self._engine.scheduler.run(lambda: self._snapshot().write(Path(path)))
+        self._moving = True
+        try:
+            snapshot = await self._engine.scheduler.run(self._snapshot)
+            await anyio.to_thread.run_sync(snapshot.write, Path(path))
+        finally:
+            self._moving = False
 
     def _snapshot(self) -> Snapshot:
         self._sequence.trim(len(self._tokens))
         rows = self._sequence.cache.rows()
-        return Snapshot(self._tokens, self.rng_position, rows, self._engine.fingerprint)
+        return Snapshot(list(self._tokens), self.rng_position, rows, self._engine.fingerprint)
 
     async def load(self, path: str | Path) -> None:
         """Takes over a saved session's state. Raises `SnapshotError` when it is damaged or another model's, and
         `CacheFull`; the session stays as it was then. `Snapshot.tokens_of(path)` gives the tokens alone, from which any
         engine can build the state again."""
         self._check_free()
-        saved = await self._engine.scheduler.run(lambda: Snapshot.read(Path(path), self._engine.fingerprint))
-        await self._engine.scheduler.run(lambda: self._sequence.restore(saved.rows))
+        self._moving = True
+        try:
+            saved = await anyio.to_thread.run_sync(Snapshot.read, Path(path), self._engine.fingerprint)
+            with anyio.CancelScope(shield=True):  # rows and timeline change together, or neither does
+                await self._engine.scheduler.run(lambda: self._take(saved))
+        finally:
+            self._moving = False
+
+    def _take(self, saved: Snapshot) -> None:
+        self._check_open()
+        self._sequence.restore(saved.rows)
         self._tokens, self.rng_position = list(saved.tokens), saved.rng_position
 
     def close(self) -> None:
@@ -200,8 +233,9 @@ class Session:
 
     def fail(self, error: ThinkloopError) -> None:
         """Ends an append or a generation under way with `error`."""
-        if self._busy is not None:
-            self._busy.fail(error)
+        busy = self._busy
+        if busy is not None:
+            busy.fail(error)
         reading = self._reading
         if reading is not None:
             with suppress(EngineClosed):
@@ -217,3 +251,5 @@ class Session:
             raise SessionError("This session is generating. Finish or close that iterator first (`aclose()`), or fork.")
         if self._reading is not None:
             raise SessionError("This session is reading what was appended. Wait for that `append` first.")
+        if self._moving:
+            raise SessionError("This session is being saved or loaded. Wait for that first.")

@@ -9,6 +9,7 @@ more with each expert. What is left is reading: 11 MB for one row of the embedde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 
 MAX_ROWS = 128
 """Above this the general path is as fast: its experts get enough tokens each."""
+_STEPS = 24
+"""Numbers of rows whose scratch is kept, up to 7 MB each for the embedded model."""
 _LAYER_VALUES = 1 << 20
 """The most values a layer's experts, or its joined query matrix, may have: 4 MiB in float32, a few of which fit the cache
 of a core."""
@@ -79,7 +82,7 @@ class _Attend:
         self._out = torch.empty(rows, heads * c.v_head_dim)
         self._values = self._out.view(rows, heads, -1).transpose(0, 1)  # [H, n, V]
 
-    def __call__(self, cache: Tensor, slots: Tensor, turn: Tensor, sequences: Sequence[Rows]) -> None:
+    def __call__(self, held: Tensor, slots: Tensor, turn: Tensor, sequences: Sequence[Rows]) -> None:
         self._norm()
         torch.mm(self._normed, self._w_in, out=self._joined)
         if self._norm_q is not None:
@@ -88,21 +91,21 @@ class _Attend:
         torch.mm(self._source, self._w_q, out=self._q)
         self._q_pe.mul_(turn[:, None])
         self._k_pe.mul_(turn)
-        cache.index_copy_(0, slots, self._row)
+        held.index_copy_(0, slots, self._row)
         for rows in sequences:
-            self._mix(cache, rows)
+            self._mix(held, rows)
         torch.bmm(self._mixed_heads, self._w_uv, out=self._values)
         self._x.addmm_(self._out, self._w_o)
 
-    def _mix(self, cache: Tensor, rows: Rows) -> None:
+    def _mix(self, held: Tensor, rows: Rows) -> None:
         """Softmax over one sequence's cache, and the mean of its latents by it, for each head of its rows."""
         own = slice(rows.first * self._heads, rows.last * self._heads)
-        queries, seen = self._queries[own], [cache[start:stop] for start, stop in rows.spans]
+        queries, seen = self._queries[own], [held[start:stop] for start, stop in rows.spans]
         parts = [torch.mm(queries, span.T) for span in seen]
         scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # [t·H, S]
         new = rows.last - rows.first
         if new > 1:
-            scores.view(new, self._heads, -1)[:, :, -new:].add_(_FUTURE[new])
+            scores.view(new, self._heads, -1)[:, :, -new:].add_(_future(new))
         weights = torch.softmax(scores, dim=1)
         if len(seen) == 1:
             torch.mm(weights, seen[0][:, : self._latent], out=self._mixed[own])
@@ -113,8 +116,11 @@ class _Attend:
             mixed.addmm_(part, span[:, : self._latent])
 
 
-_FUTURE = [torch.full((rows, rows), float("-inf")).triu_(1).view(rows, 1, rows) for rows in range(MAX_ROWS + 1)]
-"""Added to the scores of the newest columns: what lies after each row is out of sight."""
+@cache
+def _future(rows: int) -> Tensor:
+    """Added to the scores of the newest columns: what lies after each row is out of sight. Not made at import: torch's
+    threads stop spinning for the engine's once another thread has used them, which halves the speed of wide steps."""
+    return torch.full((rows, rows), float("-inf")).triu_(1).view(rows, 1, rows)
 
 
 def _absorb(config: ModelConfig, w: Attention) -> Tensor:
@@ -289,18 +295,25 @@ class SmallModel:
         ]
         self._steps: dict[int, _Step] = {}
 
+    def _step(self, rows: int) -> _Step:
+        step = self._steps.pop(rows, None) or _Step(self, rows)
+        self._steps[rows] = step  # as the most recently used
+        if len(self._steps) > _STEPS:
+            del self._steps[next(iter(self._steps))]
+        return step
+
     def forward(self, ids: Sequence[int], caches: Sequence[tuple[LatentCache, int]], table: Tensor) -> Tensor:
         """The last layer's normed output `[n, D]` for each of `ids`, the next tokens of `caches` in order, as many of each
         as said; valid until the next call. Room is reserved; lengths are the caller's to move."""
-        step = self._steps.get(len(ids)) or self._steps.setdefault(len(ids), _Step(self, len(ids)))
+        step = self._step(len(ids))
         slots: list[int] = []
         positions: list[int] = []
         sequences: list[Rows] = []
-        for cache, count in caches:
-            start, end, first = cache.length, cache.length + count, len(slots)
-            slots += cache.slots(start, end)
+        for held, count in caches:
+            start, end, first = held.length, held.length + count, len(slots)
+            slots += held.slots(start, end)
             positions += range(start, end)
-            sequences.append(Rows(first, first + count, cache.spans(end)))
+            sequences.append(Rows(first, first + count, held.spans(end)))
         where, turn = torch.tensor(slots), table[torch.tensor(positions)]
         torch.index_select(self.weights.embed, 0, torch.tensor(ids), out=step.x)
         for (attend, second), layer in zip(step.layers, caches[0][0].pool.layers, strict=True):

@@ -73,7 +73,7 @@ def _hide_future(scores: Tensor, new: int, tokens: int) -> Tensor:
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+    return scores.softmax(-1)  # summed in float32 whatever the dtype
 
 
 def _expand(latent: Tensor, weight: Tensor) -> Tensor:

@@ -261,3 +261,90 @@ async def test_a_generation_tells_what_it_took(engine: Engine) -> None:
 def test_sizes_that_make_no_sense_are_refused(folder: Path, option: str) -> None:
     with pytest.raises(EngineError, match=option):
         Engine.load(folder, **{option: 0})  # type: ignore[arg-type]  # one of the two
+
+
+async def test_a_cancelled_append_and_another_in_its_place_leave_no_wrong_rows_behind(engine: Engine) -> None:
+    first, second = prompt(21, 4 * BLOCK), prompt(22, 4 * BLOCK)
+    session = engine.session(GREEDY)
+    await session.append(first)
+    for _ in range(3):
+        with anyio.move_on_after(0.002):
+            await session.append(prompt(23, 900))
+        session.truncate(BLOCK + 3)
+        await session.append(second)
+        session.truncate(BLOCK + 3)
+    session.close()
+    for ids in (first, [*first[: BLOCK + 3], *second]):
+        stranger = engine.session(GREEDY)
+        await stranger.append(ids)
+        got = await take(stranger, 6)
+        stranger.close()
+        with Engine.load(engine.folder, share_prefixes=False) as fresh:
+            assert got == await alone(fresh, ids, 6, GREEDY)
+
+
+async def test_a_refused_or_cancelled_append_gives_its_blocks_back_and_others_go_on(folder: Path) -> None:
+    with Engine.load(folder, cache_tokens=8 * BLOCK, cache_patience=0.05, share_prefixes=False) as engine:
+        neighbour, greedy = engine.session(GREEDY), engine.session(GREEDY)
+        await neighbour.append(prompt(1, 10))
+        with pytest.raises(CacheFull, match="whole KV cache"):
+            await greedy.append(prompt(2, 9 * BLOCK))
+        with pytest.raises(CacheFull, match="live sessions"):
+            await greedy.append(prompt(2, 8 * BLOCK - 5))
+        with anyio.move_on_after(0.001):
+            await greedy.append(prompt(2, 6 * BLOCK))
+        await engine.scheduler.run(lambda: None)
+        assert engine.pool.available == 7 * BLOCK
+        assert len(await take(neighbour, 100)) == 100
+
+
+class Forcing(Cycle):
+    """Says what must come next, wrongly."""
+
+    def __init__(self, forced: list[int] | None) -> None:
+        super().__init__()
+        self._forced = forced
+
+    def forced(self) -> list[int]:
+        if self._forced is None:
+            raise RuntimeError("broken forced")
+        return self._forced
+
+
+async def test_what_a_constraint_forces_is_only_a_draft_and_may_fail(engine: Engine) -> None:
+    session = engine.session(GREEDY)
+    await session.append(prompt(4, 20))
+    expected = await take(session.fork(), 12, constraint=Cycle())
+    assert await take(session.fork(), 12, constraint=Forcing([0, 10**6, 1])) == expected
+    with pytest.raises(RuntimeError, match="broken forced"):
+        await take(session.fork(), 12, constraint=Forcing(None))
+    assert await take(session.fork(), 12, constraint=Cycle()) == expected
+    with pytest.raises(SessionError, match="token id"):
+        session.generate(think_end_id=10**6, max_thinking=1)
+
+
+async def test_drafts_never_ask_for_room_that_plain_decoding_would_not(folder: Path) -> None:
+    counts = []
+    for speculate in (False, True):
+        options = {"cache_tokens": 2 * BLOCK, "cache_patience": 0.01, "share_prefixes": False, "speculate": speculate}
+        with Engine.load(folder, **options) as engine:  # type: ignore[arg-type]  # as above
+            session = engine.session(GREEDY)
+            await session.append(prompt(6, 30) * 2)
+            with pytest.raises(CacheFull):
+                await take(session, 500, constraint=Cycle())
+            counts.append(len(session) - 60)
+    assert counts[0] == counts[1] == 2 * BLOCK - 60 + 1
+
+
+async def test_a_session_that_moves_to_or_from_disk_does_nothing_else(engine: Engine, tmp_path: Path) -> None:
+    session, other = engine.session(GREEDY), engine.session(GREEDY)
+    await session.append(prompt(9, 300))
+    await session.save(tmp_path / "s")
+    await other.append(prompt(8, 100))
+    async with anyio.create_task_group() as group:
+        group.start_soon(other.load, tmp_path / "s")
+        await anyio.sleep(0)
+        with pytest.raises(SessionError, match="saved or loaded"):
+            other.generate()
+    assert other.tokens == session.tokens
+    assert await take(other, 5) == await take(session, 5)
