@@ -31,12 +31,18 @@ _NARROW = 1
 """Rows up to which a small model's step is quicker on one thread."""
 _PAUSE = 0.05
 """Seconds between two looks for room when nobody is at work."""
+MAX_JOBS = 1024
+"""Appends and generations under way or waiting; one more is refused."""
 _FEW = 16
 """A job with more tokens to compute is reading, not decoding."""
 
 
 class EngineClosed(ThinkloopError):
     """The engine was closed while, or before, it was asked to work."""
+
+
+class EngineBusy(ThinkloopError):
+    """More is asked of the engine than it queues."""
 
 
 class Job(Protocol):
@@ -94,7 +100,9 @@ class Scheduler:
         self._thread.start()
 
     def add(self, job: Job) -> None:
-        """Begins `job`; it takes part from the next step on. From any thread. Raises `EngineClosed`."""
+        """Begins `job`; it takes part from the next step on. From any thread. Raises `EngineClosed` and `EngineBusy`."""
+        if len(self._jobs) >= MAX_JOBS:
+            raise EngineBusy(f"{MAX_JOBS} sessions are at work or waiting. Let some finish before asking for more.")
 
         def task() -> None:
             try:

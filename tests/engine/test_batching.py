@@ -9,9 +9,11 @@ import anyio
 import pytest
 import torch
 from checkpoints import mini_config_json, write_checkpoint
+from thinkloop.engine import generation, scheduler
 from thinkloop.engine.engine import Engine, EngineError
 from thinkloop.engine.kv_cache import BLOCK, CacheFull
 from thinkloop.engine.params import Sampling
+from thinkloop.engine.scheduler import EngineBusy
 from thinkloop.engine.session import Session, SessionError
 from torch import Tensor
 
@@ -158,6 +160,40 @@ class Cycle:
 
     def forced(self) -> list[int]:
         return []
+
+
+async def test_more_sessions_than_a_batch_takes_take_turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "MAX_BATCH", 2)
+    prompts = [prompt(number, 12) for number in range(5)]
+    expected = [await alone(engine, ids, 20, GREEDY) for ids in prompts]
+    got: dict[int, list[int]] = {}
+
+    async def run(number: int) -> None:
+        session = engine.session(GREEDY)
+        await session.append(prompts[number])
+        got[number] = await take(session, 20)
+        session.close()
+
+    async with anyio.create_task_group() as group:
+        for number in range(5):
+            group.start_soon(run, number)
+    assert [got[number] for number in range(5)] == expected
+
+
+async def test_a_queue_that_is_full_refuses_and_the_rest_go_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "MAX_JOBS", 2)
+    monkeypatch.setattr(generation, "_LEAD", 1000)  # so that neither pauses for its reader
+    sessions = [engine.session(GREEDY) for _ in range(3)]
+    for number, session in enumerate(sessions):
+        await session.append(prompt(number, 10))
+    streams = [session.generate(max_tokens=400) for session in sessions[:2]]
+    for stream in streams:
+        await anext(stream)
+    with pytest.raises(EngineBusy, match="2 sessions"):
+        sessions[2].generate()
+    await streams[0].aclose()
+    assert len([token async for token in streams[1]]) == 399
+    assert len(await take(sessions[2], 5)) == 5
 
 
 async def test_no_room_means_waiting_for_those_at_work_or_a_clear_refusal(folder: Path) -> None:
