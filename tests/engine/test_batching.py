@@ -181,11 +181,12 @@ async def test_more_sessions_than_a_batch_takes_take_turns(engine: Engine, monke
 
 
 async def test_a_queue_that_is_full_refuses_and_the_rest_go_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "MAX_JOBS", 2)
     monkeypatch.setattr(generation, "_LEAD", 1000)  # so that neither pauses for its reader
     sessions = [engine.session(GREEDY) for _ in range(3)]
     for number, session in enumerate(sessions):
         await session.append(prompt(number, 10))
+    await anyio.sleep(0.05)  # the finished appends have left
+    monkeypatch.setattr(scheduler, "MAX_JOBS", 2)
     streams = [session.generate(max_tokens=400) for session in sessions[:2]]
     for stream in streams:
         await anext(stream)
