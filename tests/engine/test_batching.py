@@ -9,7 +9,7 @@ import anyio
 import pytest
 import torch
 from checkpoints import mini_config_json, write_checkpoint
-from thinkloop.engine import generation, scheduler
+from thinkloop.engine import scheduler
 from thinkloop.engine.engine import Engine, EngineError
 from thinkloop.engine.kv_cache import BLOCK, CacheFull
 from thinkloop.engine.params import Sampling
@@ -180,21 +180,22 @@ async def test_more_sessions_than_a_batch_takes_take_turns(engine: Engine, monke
     assert [got[number] for number in range(5)] == expected
 
 
-async def test_a_queue_that_is_full_refuses_and_the_rest_go_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "_LEAD", 1000)  # so that neither pauses for its reader
-    sessions = [engine.session(GREEDY) for _ in range(3)]
-    for number, session in enumerate(sessions):
-        await session.append(prompt(number, 10))
-    await anyio.sleep(0.05)  # the finished appends have left
+async def test_a_queue_that_is_full_refuses_and_the_rest_go_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scheduler, "MAX_JOBS", 2)
-    streams = [session.generate(max_tokens=400) for session in sessions[:2]]
-    for stream in streams:
-        await anext(stream)
-    with pytest.raises(EngineBusy, match="2 sessions"):
-        sessions[2].generate()
-    await streams[0].aclose()
-    assert len([token async for token in streams[1]]) == 399
-    assert len(await take(sessions[2], 5)) == 5
+    readers, late = [engine.session(GREEDY) for _ in range(2)], engine.session(GREEDY)
+    async with anyio.create_task_group() as group:
+        for number, session in enumerate(readers):
+            group.start_soon(session.append, prompt(30 + number, 1900))  # 60 chunks in all: some 300 ms
+        await anyio.sleep(0.02)
+        with pytest.raises(EngineBusy, match="2 sessions"):
+            await late.append(prompt(32, 10))
+    assert [len(session) for session in readers] == [1900, 1900]
+    await anyio.sleep(0.05)  # what has just ended has left by then
+    await late.append(prompt(32, 10))
+    for session in (*readers, late):
+        session.close()
 
 
 async def test_no_room_means_waiting_for_those_at_work_or_a_clear_refusal(folder: Path) -> None:
