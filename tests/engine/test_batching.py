@@ -180,22 +180,19 @@ async def test_more_sessions_than_a_batch_takes_take_turns(engine: Engine, monke
     assert [got[number] for number in range(5)] == expected
 
 
-async def test_a_queue_that_is_full_refuses_and_the_rest_go_on(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_queue_that_is_full_refuses_and_the_rest_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "MAX_JOBS", 2)
-    readers, late = [engine.session(GREEDY) for _ in range(2)], engine.session(GREEDY)
-    async with anyio.create_task_group() as group:
-        for number, session in enumerate(readers):
-            group.start_soon(session.append, prompt(30 + number, 1900))  # 60 chunks in all: some 300 ms
-        await anyio.sleep(0.02)
-        with pytest.raises(EngineBusy, match="2 sessions"):
-            await late.append(prompt(32, 10))
-    assert [len(session) for session in readers] == [1900, 1900]
-    await anyio.sleep(0.05)  # what has just ended has left by then
-    await late.append(prompt(32, 10))
-    for session in (*readers, late):
-        session.close()
+    with Engine.load(folder, prefill_chunk=16) as engine:
+        readers, late = [engine.session(GREEDY) for _ in range(2)], engine.session(GREEDY)
+        async with anyio.create_task_group() as group:
+            for number, session in enumerate(readers):
+                group.start_soon(session.append, prompt(30 + number, 1900))  # 240 chunks in all: some 700 ms
+            await anyio.sleep(0.02)
+            with pytest.raises(EngineBusy, match="2 sessions"):
+                await late.append(prompt(32, 10))
+        assert [len(session) for session in readers] == [1900, 1900]
+        await anyio.sleep(0.1)  # what has just ended has left by then
+        await late.append(prompt(32, 10))
 
 
 async def test_no_room_means_waiting_for_those_at_work_or_a_clear_refusal(folder: Path) -> None:
