@@ -211,7 +211,8 @@ class Session:
         self._check_free()
         self._moving = True
         try:
-            saved = await anyio.to_thread.run_sync(Snapshot.read, Path(path), self._engine.fingerprint)
+            engine, dtype = self._engine, self._engine.pool.rows.dtype
+            saved = await anyio.to_thread.run_sync(Snapshot.read, Path(path), engine.fingerprint, engine.config, dtype)
             with anyio.CancelScope(shield=True):  # rows and timeline change together, or neither does
                 await self._engine.scheduler.run(lambda: self._take(saved))
         finally:

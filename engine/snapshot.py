@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from thinkloop.engine.config import ModelConfig
 from thinkloop.traces.events import ThinkloopError
 from torch import Tensor
 
 _FORMAT = "thinkloop-session-1"
+_DIGITS = 18  # of a generator's position, which is a 64-bit number
 
 
 class SnapshotError(ThinkloopError):
@@ -40,28 +44,54 @@ class Snapshot(NamedTuple):
             ) from error
 
     @classmethod
-    def read(cls, path: Path, fingerprint: str) -> Snapshot:
-        """Reads the file and checks that it is whole and of the model with `fingerprint`. Raises `SnapshotError`."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tokens, rows = file.get_tensor("tokens"), file.get_tensor("rows")
-            position = int(metadata["rng_position"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise SnapshotError(f"{path} is no saved session ({error!r}). Save one with session.save(…).") from error
-        if metadata.get("format") != _FORMAT or rows.shape[1] > tokens.shape[0]:
-            raise SnapshotError(f"{path} was saved in a form this version doesn't read. Save the session again.")
-        if metadata.get("fingerprint") != fingerprint:
-            raise SnapshotError(f"{path} belongs to another model or dtype. Load it with the engine that saved it.")
-        return cls(tokens.tolist(), position, rows, fingerprint)
+    def read(cls, path: Path, fingerprint: str, config: ModelConfig, dtype: torch.dtype) -> Snapshot:
+        """Reads the file and checks that it is whole, of the model with `fingerprint`, and that every value is one a
+        session of this model can hold: a file may come from anywhere. Raises `SnapshotError`."""
+        with _opened(path) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise SnapshotError(f"{path} was saved in a form this version doesn't read. Save the session again.")
+            if metadata.get("fingerprint") != fingerprint:
+                raise SnapshotError(f"{path} belongs to another model or dtype. Load it with the engine that saved it.")
+            position, tokens, rows = metadata.get("rng_position", ""), _tokens(file), file.get_tensor("rows")
+        most = min(len(tokens), config.max_position_embeddings)
+        wrong = [
+            f"rng_position is {position[:40]!r}" if not position.isdecimal() or len(position) > _DIGITS else "",
+            f"{len(tokens):,} tokens don't fit the window of {most:,}" if most < len(tokens) else "",
+            "a token is outside the vocabulary" if any(not 0 <= token < config.vocab_size for token in tokens) else "",
+            "" if _fits(rows, config, dtype, most) else f"rows are {rows.dtype} {list(rows.shape)}",
+        ]
+        if found := next(filter(None, wrong), None):
+            raise SnapshotError(f"{path} is damaged: {found}. Save the session again.")
+        return cls(tokens, int(position), rows, fingerprint)
 
     @staticmethod
     def tokens_of(path: Path) -> list[int]:
         """The saved timeline alone, whichever model it belongs to: enough for any engine to build the state again by
         `session.append`. Raises `SnapshotError`."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                tokens: list[int] = file.get_tensor("tokens").tolist()
-        except (OSError, SafetensorError) as error:
-            raise SnapshotError(f"{path} is no saved session ({error!r}). Save one with session.save(…).") from error
-        return tokens
+        with _opened(path) as file:
+            return _tokens(file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, for as long as reading from it goes well."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError, ValueError) as error:
+        raise SnapshotError(f"{path} is no saved session ({error!r}). Save one with session.save(…).") from error
+
+
+def _tokens(file: Any) -> list[int]:
+    tokens = file.get_tensor("tokens")
+    if tokens.dim() != 1 or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}")
+    ids: list[int] = tokens.tolist()
+    return ids
+
+
+def _fits(rows: Tensor, config: ModelConfig, dtype: torch.dtype, most: int) -> bool:
+    """Whether `rows` is a cache of this model for at most `most` tokens."""
+    shape = (config.num_hidden_layers, min(most, rows.shape[1] if rows.dim() > 1 else 0), config.cache_width)
+    return rows.dtype == dtype and rows.shape == shape

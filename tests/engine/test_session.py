@@ -10,13 +10,16 @@ import anyio
 import pytest
 import torch
 from checkpoints import config_json, mini_config_json, write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import save_file
 from thinkloop.engine.engine import Engine
 from thinkloop.engine.generation import TokenStream
 from thinkloop.engine.params import Sampling
 from thinkloop.engine.sampler import SamplingError
 from thinkloop.engine.scheduler import EngineClosed
 from thinkloop.engine.session import Session, SessionError
-from thinkloop.engine.snapshot import SnapshotError
+from thinkloop.engine.snapshot import Snapshot, SnapshotError
+from torch import Tensor
 
 pytestmark = pytest.mark.anyio
 
@@ -281,6 +284,46 @@ async def test_a_save_of_another_model_or_no_save_at_all_is_refused(engine: Engi
     with pytest.raises(SnapshotError, match="can't be saved"):
         await session.save(tmp_path / "no" / "folder")
     assert session.tokens == PROMPT
+
+
+SAVED_WRONG: dict[str, tuple[dict[str, Tensor], str, str]] = {
+    "no such token": ({"tokens": torch.full((5,), 1 << 40)}, "5", "outside the vocabulary"),
+    "a negative token": ({"tokens": torch.full((5,), -1)}, "5", "outside the vocabulary"),
+    "tokens that are no ids": ({"tokens": torch.zeros(5)}, "5", "tokens are torch.float32"),
+    "tokens in two rows": ({"tokens": torch.zeros(5, 1, dtype=torch.int64)}, "5", r"\[5, 1\]"),
+    "no tokens at all": ({"tokens": torch.zeros(0, dtype=torch.int64)}, "5", "rows are"),
+    "rows of one layer": ({"rows": torch.zeros(1, 3, 160)}, "5", "rows are"),
+    "narrow rows": ({"rows": torch.zeros(5, 3, 1)}, "5", "rows are"),
+    "flat rows": ({"rows": torch.zeros(5)}, "5", "rows are"),
+    "no rows' shape": ({"rows": torch.tensor(0.0)}, "5", "rows are"),
+    "whole rows": ({"rows": torch.zeros(5, 3, 160, dtype=torch.int64)}, "5", "rows are torch.int64"),
+    "more rows than tokens": ({"rows": torch.zeros(5, 900, 160)}, "5", "rows are"),
+    "a negative position": ({}, "-5", "rng_position"),
+    "an endless position": ({}, "9" * 5000, "rng_position"),
+}
+
+
+@pytest.mark.parametrize("case", SAVED_WRONG)
+async def test_a_saved_session_that_no_session_can_be_is_refused(engine: Engine, tmp_path: Path, case: str) -> None:
+    path, (changes, position, words) = tmp_path / "s.safetensors", SAVED_WRONG[case]
+    session = await begun(engine)
+    await session.save(path)
+    with safe_open(str(path), framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+    save_file(tensors | changes, path, metadata=metadata | {"rng_position": position})
+    with pytest.raises(SnapshotError, match=words):
+        await session.load(path)
+    assert session.tokens == PROMPT
+    assert await take(session, 3) == await take(await begun(engine), 3)
+
+
+async def test_the_tokens_of_any_models_session_can_be_had(engine: Engine, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", mini_config_json(max_position_embeddings=601))
+    with Engine.load(other) as stranger:
+        await (await begun(stranger)).save(tmp_path / "s.safetensors")
+    assert Snapshot.tokens_of(tmp_path / "s.safetensors") == PROMPT
+    with pytest.raises(SnapshotError, match="no saved session"):
+        Snapshot.tokens_of(tmp_path / "none")
 
 
 async def test_sessions_take_turns_and_dont_mix(engine: Engine) -> None:
