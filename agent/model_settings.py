@@ -31,7 +31,7 @@ class ModelSettings:
             return cls()
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ThinkloopError(f"{path} is not readable JSON ({error}); mend or remove it.") from error
         return _checked_settings(path, data)
 

@@ -160,7 +160,7 @@ def read_index(folder: Path) -> dict[str, str]:
     """The file that holds each tensor, from a sharded folder's index. Raises `ValueError` when it is damaged."""
     try:
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(repr(error)) from error
     if not isinstance(places, dict) or not all(isinstance(f, str) and Path(f).name == f for f in places.values()):
         raise ValueError("weight_map must give the name of a file in this folder for each tensor")

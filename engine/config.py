@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from thinkloop.engine.config_fields import ConfigError, Fields, read_object
+from thinkloop.engine.config_fields import LARGEST, ConfigError, Fields, read_object
 from thinkloop.engine.quantisation import INT4_GROUP, Quantisation, read_quantisation
 
 __all__ = ["ConfigError", "ModelConfig", "Yarn", "yarn_mscale"]
@@ -52,6 +52,11 @@ _ROPE = (
     "type", "rope_type", "rope_theta", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
     "original_max_position_embeddings", "partial_rotary_factor", "truncate",
 )  # fmt: skip
+
+
+_MOST = {"num_hidden_layers": 1024, "num_attention_heads": 4096}
+_MOST_EXPERTS = 1 << 17
+"""Of all layers together: every tensor is named before the folder is looked at. K2 has 23,424."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,12 +186,12 @@ class ModelConfig:
         fields = Fields(data, where)
         _check(fields)
         theta, yarn = _rope(fields)
-        sizes: dict[str, Any] = {name: fields.whole(name) for name in _POSITIVE}
+        sizes: dict[str, Any] = {name: fields.whole(name, most=_MOST.get(name, LARGEST)) for name in _POSITIVE}
         return cls(
             model_type=data["model_type"],
             **sizes,
             depth=fields.whole("num_hidden_layers"),
-            num_nextn_predict_layers=fields.whole("num_nextn_predict_layers", 0, least=0),
+            num_nextn_predict_layers=fields.whole("num_nextn_predict_layers", 0, least=0, most=1024),
             q_lora_rank=fields.whole("q_lora_rank") if fields.get("q_lora_rank") is not None else None,
             rms_norm_eps=fields.number("rms_norm_eps"),
             rope_theta=theta,
@@ -251,7 +256,7 @@ def _yarn(rope: Fields) -> Yarn:
 
 
 def _experts(fields: Fields) -> dict[str, Any]:
-    routed = fields.whole("n_routed_experts", 0, least=0)
+    routed = fields.whole("n_routed_experts", 0, least=0, most=_MOST_EXPERTS // fields.whole("num_hidden_layers"))
     if not routed:
         return {}
     scoring, method = _router(fields)

@@ -13,6 +13,10 @@ from thinkloop.traces.events import ThinkloopError
 _PUBLISHED = "Use a checkpoint of the Kimi-K2 / DeepSeek family in its published form."
 
 
+LARGEST = 1 << 24
+"""No size in a configuration is larger: 16 times the longest windows and the largest vocabularies there are."""
+
+
 class ConfigError(ThinkloopError):
     """A `config.json` that can't be read, or that asks for maths this engine doesn't have."""
 
@@ -50,11 +54,11 @@ class Fields:
         """The error for a field that can't be honoured."""
         return ConfigError(f"{self._where}: `{self._prefix}{name}` is {self._data.get(name)!r}, {why}. {advice}")
 
-    def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number of at least `least`; `default` when it is absent or null."""
+    def whole(self, name: str, default: int | None = None, *, least: int = 1, most: int = LARGEST) -> int:
+        """A whole number from `least` to `most`; `default` when it is absent or null."""
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.refuse(name, f"but a whole number from {least} up is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.refuse(name, f"but a whole number from {least} to {most:,} is needed")
         return value
 
     def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
@@ -103,7 +107,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} can't be read ({error.strerror}). Point to a folder with a published checkpoint."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter when it nests some thousands deep
         raise ConfigError(f"{path} isn't JSON ({error}). Fetch the file again.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}, not an object. Fetch the file again.")

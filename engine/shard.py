@@ -61,9 +61,13 @@ class Shard:
         try:
             entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
             tensors = {name: self._stored(entry, 8 + length) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ShardError(f"has no readable safetensors header ({error})") from error
-        end = max((tensor.end for tensor in tensors.values()), default=8 + length)
+        end = 8 + length
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+            if tensor.start < end:
+                raise ShardError(f"gives {name} bytes that belong to another tensor")
+            end = tensor.end
         if self.size != end:
             raise ShardError(f"has {self.size} bytes where its header promises {end}")
         for name, tensor in tensors.items():

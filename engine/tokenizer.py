@@ -208,7 +208,7 @@ def _read_json(path: Path) -> Json | None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not readable JSON ({error}); download the file again") from error
     if not isinstance(data, dict):
         raise TokenizerError(f"{path} holds {type(data).__name__}, expected a JSON object; download the file again")

@@ -93,6 +93,20 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path, content: bytes
         open_checkpoint(folder)
 
 
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", *tensors_of())
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    norms = sorted(name for name in header if name.endswith("input_layernorm.weight"))
+    header[norms[1]]["data_offsets"] = header[norms[0]]["data_offsets"]
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
+    with pytest.raises(CheckpointError, match="bytes that belong to another tensor"):
+        open_checkpoint(folder)
+
+
 def test_missing_misshapen_mistyped_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     config, good = tensors_of(quantization_config=INT4)
     name = f"{EXPERT}.weight_packed"

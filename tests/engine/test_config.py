@@ -129,6 +129,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": "64"}, "hidden_size"),
     ({"hidden_size": 64.5}, "hidden_size"),
     ({"num_hidden_layers": True}, "num_hidden_layers"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ({"n_routed_experts": 10**9}, "n_routed_experts"),
+    ({"hidden_size": 10**30}, "hidden_size"),
     ({"rms_norm_eps": 0}, "rms_norm_eps"),
     ({"q_lora_rank": 0}, "q_lora_rank"),
     ({"rope_interleave": False}, "rope_interleave"),
@@ -201,7 +204,7 @@ def test_fields_that_have_no_part_in_the_maths_are_let_be() -> None:
     assert ModelConfig.from_json(config_json(**harmless)) == ModelConfig.from_json(config_json())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", None])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, None], ids=range(5))
 def test_a_damaged_or_missing_config_is_an_error_with_its_path(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
