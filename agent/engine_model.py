@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -69,6 +70,7 @@ class EngineModel:
         self._sampling = (sampling or Sampling()).over(own).resolved()
         self._constrained = grammar and find_spec("llguidance") is not None
         self._lapses: set[tuple[str, str]] = set()
+        self._compiled: tuple[Sequence[Json], Json | None] | None = None  # what the last grammar was made of
         self._template = Template(tokenizer)
         self._stop_ids = _present(tokenizer, STOPS)
         self._open: OrderedDict[int, _Dialogue] = OrderedDict()
@@ -175,7 +177,7 @@ class EngineModel:
             parser = Parser(self._tokenizer, tools, dialogue.timeline.next_index)
             start, sampled, thinking = len(dialogue.session), list[int](), 0
             stops = StopStrings(self._sampling.stop)
-            grammar = self._grammar(dialogue, tools, turn)
+            grammar = await self._grammar(dialogue, tools, turn)
             stream = dialogue.session.generate(**self._limits(turn, start), constraint=grammar)
             async with aclosing(stream) as tokens:
                 async for token_id in tokens:
@@ -206,7 +208,7 @@ class EngineModel:
         )  # fmt: skip
         yield TurnFinished(reason=reason, prompt_ids=prompt_ids, token_ids=sampled, rng_position=rng_position)
 
-    def _grammar(self, dialogue: _Dialogue, tools: Sequence[Json], turn: Turn) -> CallGrammar | None:
+    async def _grammar(self, dialogue: _Dialogue, tools: Sequence[Json], turn: Turn) -> CallGrammar | None:
         if not self._constrained:
             if turn.response_format or turn.forbidden:
                 raise ThinkloopError(
@@ -216,10 +218,16 @@ class EngineModel:
             return None
         from thinkloop.engine.grammar import CallGrammar  # torch comes with it
 
-        return CallGrammar(
-            self._tokenizer, tools, next_index=dialogue.timeline.next_index, tool_choice=turn.tool_choice,
-            response_format=turn.response_format, forbidden=turn.forbidden,
+        make = partial(
+            CallGrammar, self._tokenizer, tools, next_index=dialogue.timeline.next_index,
+            tool_choice=turn.tool_choice, response_format=turn.response_format, forbidden=turn.forbidden,
         )  # fmt: skip
+        schemas = (tools, turn.response_format)
+        if schemas == self._compiled:
+            return make()  # 20 µs
+        grammar = await anyio.to_thread.run_sync(make, abandon_on_cancel=True)  # seconds for a schema made to stall
+        self._compiled = schemas
+        return grammar
 
     def _new_lapses(self, grammar: CallGrammar | None) -> Iterator[Error]:
         """What the grammar doesn't enforce and wasn't told before."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from time import perf_counter
 
+import anyio
 import pytest
 from thinkloop.agent.engine_model import EngineModel
 from thinkloop.agent.model import Conversation, Turn
@@ -102,6 +104,30 @@ async def test_the_trace_says_what_a_schema_asks_that_the_grammar_cant_give() ->
     ]
     await model.aclose()
     assert [(event.where, event.recovered) for event in told] == [("grammar: search", True)]
+
+
+async def test_a_schema_that_takes_long_to_compile_holds_up_nobody_else() -> None:
+    members = [
+        {"type": "object", "properties": {f"p{i}_{j}": {"type": "string"} for j in range(40)}} for i in range(60)
+    ]
+    slow: Json = {"type": "function", "function": {"name": "slow", "parameters": {"anyOf": members}}}
+    model, longest = EngineModel.load("mini"), 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        while True:
+            before = perf_counter()
+            await anyio.sleep(0.01)
+            longest = max(longest, perf_counter() - before)
+
+    started = perf_counter()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch)
+        await turn(model, "What is Palken's owner's island?", [slow])
+        took = perf_counter() - started
+        tasks.cancel_scope.cancel()
+    await model.aclose()
+    assert longest < took / 2
 
 
 async def test_the_grammar_changes_nothing_for_a_model_that_writes_well() -> None:
