@@ -214,6 +214,22 @@ async def test_no_room_means_waiting_for_those_at_work_or_a_clear_refusal(folder
         assert await alone(roomy, prompt(2, 3 * BLOCK), 6, GREEDY) == expected
 
 
+async def test_what_a_live_session_holds_outlasts_any_number_of_others(folder: Path) -> None:
+    with Engine.load(folder, cache_tokens=8 * BLOCK) as engine:
+        pinned = engine.session(GREEDY)
+        await pinned.append(prompt(1, 3 * BLOCK))
+        for number in range(2, 14):  # each fills the rest of the cache and leaves known blocks behind
+            assert len(await alone(engine, prompt(number, 4 * BLOCK + 30), 5, GREEDY)) == 5
+        await pinned.append(prompt(20, 5))
+        tokens = await take(pinned, 6)
+        assert pinned.prefilled_tokens == 3 * BLOCK + 5
+        gone = engine.session(GREEDY)
+        await gone.append(prompt(2, 4 * BLOCK))
+        assert gone.reused_tokens == 0
+    with Engine.load(folder) as roomy:
+        assert tokens == await alone(roomy, prompt(1, 3 * BLOCK) + prompt(20, 5), 6, GREEDY)
+
+
 async def test_a_session_without_room_for_its_next_token_says_so_and_the_rest_go_on(folder: Path) -> None:
     with Engine.load(folder, cache_tokens=2 * BLOCK, cache_patience=0.1, share_prefixes=False) as engine:
         first, second = engine.session(GREEDY), engine.session(GREEDY)
@@ -369,6 +385,19 @@ async def test_drafts_never_ask_for_room_that_plain_decoding_would_not(folder: P
                 await take(session, 500, constraint=Cycle())
             counts.append(len(session) - 60)
     assert counts[0] == counts[1] == 2 * BLOCK - 60 + 1
+
+
+async def test_a_session_that_reads_does_nothing_else(engine: Engine) -> None:
+    session = engine.session(GREEDY)
+    async with anyio.create_task_group() as group:
+        group.start_soon(session.append, prompt(9, 300))
+        await anyio.sleep(0)
+        for refused in (session.generate, lambda: session.truncate(0)):
+            with pytest.raises(SessionError, match="reading what was appended"):
+                refused()
+        with pytest.raises(SessionError, match="reading what was appended"):
+            await session.append([1])
+    assert session.tokens == prompt(9, 300)
 
 
 async def test_a_session_that_moves_to_or_from_disk_does_nothing_else(engine: Engine, tmp_path: Path) -> None:
