@@ -23,8 +23,7 @@ _LEAD = 32
 """Tokens the engine may be ahead: enough to hide the reader's pauses, little to throw away when it stops."""
 _GROUP = 4
 _LATENCY = 0.01
-"""The reader is woken for every fourth token, or when 10 ms have gone by: waking the event loop costs both threads more
-than a small model's token."""
+"""The reader is woken for every fourth token, or when 10 ms have gone by."""
 _SOFT_SHARE = 8
 """In the last eighth of the thinking budget the end of thinking is taken as soon as it is likely at all."""
 _SOFT_CHANCE = 0.05

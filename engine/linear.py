@@ -2,8 +2,8 @@
 
 A token reads each matrix once, so a product of few rows should go at the speed of memory. With two cores of an EPYC
 (Zen 4) that read 35 GB/s, one row times 2,048 × 163,840 takes 37 ms as `F.linear` (18 GB/s: it repacks each block as it
-goes), 55 ms as `x @ w`, 27 ms packed beforehand and 23 ms (29 GB/s) packed and padded to four rows: alone, a core takes
-in 18 GB/s with one row, 24 with four, 16 with eight. Many rows lose nothing: 390 GFLOP/s either way.
+goes), 55 ms as `x @ w`, 27 ms packed beforehand and 23 ms (29 GB/s) packed and padded to four rows. Many rows lose
+nothing: 390 GFLOP/s either way.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from thinkloop.engine.kv_cache import LatentCache
 from torch import Tensor
 
 _READ = 128
-"""Tokens a drafter reads in one step: half a millisecond."""
+"""Tokens a drafter reads in one step: up to a millisecond."""
 
 
 @dataclass(slots=True)
