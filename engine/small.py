@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from thinkloop.engine.config import ModelConfig
 from thinkloop.engine.kv_cache import LatentCache
+from thinkloop.engine.small_attention import Rows, Scratch, Together, arrange
 from thinkloop.engine.weights import Attention, Experts, Mlp, Weights
 from thinkloop.kernels.int4 import dequantise_planes
 from thinkloop.kernels.reference import route
@@ -40,14 +41,6 @@ def is_small(config: ModelConfig, weights: Weights) -> bool:
     return plain and packed and query <= _LAYER_VALUES and experts <= _LAYER_VALUES
 
 
-class Rows(NamedTuple):
-    """Where one sequence's rows of a step lie: `first` to `last - 1` of the step, at the end of `spans` of the cache."""
-
-    first: int
-    last: int
-    spans: list[tuple[int, int]]
-
-
 class _Norm:
     """RMS norm of `x [n, D]` into `out`, in four ops of 1 µs; torch's own is a composite of 9 µs."""
 
@@ -62,7 +55,9 @@ class _Norm:
 
 
 class _Attend:
-    def __init__(self, config: ModelConfig, w: Attention, w_q: Tensor, x: Tensor, normed: Tensor) -> None:
+    def __init__(
+        self, config: ModelConfig, w: Attention, w_q: Tensor, x: Tensor, normed: Tensor, scratch: Scratch
+    ) -> None:
         c, rows, heads = config, x.shape[0], config.num_attention_heads
         self._w_in, self._w_q, self._w_uv, self._w_o, self._latent = w.w_in, w_q, w.w_uv, w.w_o, c.kv_lora_rank
         self._x, self._normed, self._heads = x, normed, heads
@@ -78,12 +73,15 @@ class _Attend:
         self._queries = self._q.view(rows * heads, c.cache_width)
         self._q_pe = _pairs(self._q.view(rows, heads, c.cache_width)[:, :, c.kv_lora_rank :])
         self._k_pe = _pairs(self._row[:, c.kv_lora_rank :])
-        self._mixed = torch.empty(rows * heads, c.kv_lora_rank)
+        self._mixed, self._scratch = torch.empty(rows * heads, c.kv_lora_rank), scratch
+        self._mixed_rows = self._mixed.view(rows, -1)
         self._mixed_heads = self._mixed.view(rows, heads, -1).transpose(0, 1)  # [H, n, C]
         self._out = torch.empty(rows, heads * c.v_head_dim)
         self._values = self._out.view(rows, heads, -1).transpose(0, 1)  # [H, n, V]
 
-    def __call__(self, held: Tensor, slots: Tensor, turn: Tensor, sequences: Sequence[Rows]) -> None:
+    def __call__(
+        self, held: Tensor, slots: Tensor, turn: Tensor, together: Sequence[Together], alone: Sequence[Rows]
+    ) -> None:
         self._norm()
         torch.mm(self._normed, self._w_in, out=self._joined)
         if self._norm_q is not None:
@@ -93,7 +91,9 @@ class _Attend:
         self._q_pe.mul_(turn[:, None])
         self._k_pe.mul_(turn)
         held.index_copy_(0, slots, self._row)
-        for rows in sequences:
+        for several in together:
+            several.mix(held, self._q, self._mixed_rows, self._scratch)
+        for rows in alone:
             self._mix(held, rows)
         torch.bmm(self._mixed_heads, self._w_uv, out=self._values)
         self._x.addmm_(self._out, self._w_o)
@@ -276,7 +276,7 @@ class _Step:
         self.x, self.normed = torch.empty(rows, config.hidden_size), torch.empty(rows, config.hidden_size)
         self.layers = [
             (
-                _Attend(config, layer.attention, w_q, self.x, self.normed),
+                _Attend(config, layer.attention, w_q, self.x, self.normed, small.scratch),
                 _second(config, second, self.x, self.normed),
             )
             for layer, w_q, second in zip(weights.layers, small.queries, small.seconds, strict=True)
@@ -294,6 +294,7 @@ class SmallModel:
         self.seconds = [
             _join(config, layer.mlp) if isinstance(layer.mlp, Experts) else layer.mlp for layer in weights.layers
         ]
+        self.scratch = Scratch()
         self._steps: dict[int, _Step] = {}
 
     def _step(self, rows: int) -> _Step:
@@ -306,7 +307,7 @@ class SmallModel:
     def forward(self, ids: Sequence[int], caches: Sequence[tuple[LatentCache, int]], table: Tensor) -> Tensor:
         """The last layer's normed output `[n, D]` for each of `ids`, the next tokens of `caches` in order, as many of each
         as said; valid until the next call. Room is reserved; lengths are the caller's to move."""
-        step = self._step(len(ids))
+        step, heads = self._step(len(ids)), self.config.num_attention_heads
         slots: list[int] = []
         positions: list[int] = []
         sequences: list[Rows] = []
@@ -315,10 +316,11 @@ class SmallModel:
             slots += held.slots(start, end)
             positions += range(start, end)
             sequences.append(Rows(first, first + count, held.spans(end)))
+        together, alone = arrange(sequences, heads)
         where, turn = torch.tensor(slots), table[torch.tensor(positions)]
         torch.index_select(self.weights.embed, 0, torch.tensor(ids), out=step.x)
         for (attend, second), layer in zip(step.layers, caches[0][0].pool.layers, strict=True):
-            attend(layer, where, turn, sequences)
+            attend(layer, where, turn, together, alone)
             second()
         step.norm()
         return step.normed
