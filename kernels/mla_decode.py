@@ -1,0 +1,237 @@
+"""Latent attention of a few new tokens a sequence, absorbed, over a paged cache: the decode step.
+
+Twin: `reference.mla_absorbed` without its projections. Formula: DeepSeek-V2 (arXiv 2405.04434) section 2.1, one shared
+key of C+R values a row, of which the first C are the value too; FlashDecoding's split over rows with a merge by
+log-sum-exp.
+
+Budget for Kimi-K2 (64 heads, 576 values a row), computed: a row is 1,152 bytes, 131,072 rows 151 MB, 35 µs at 4.3 TB/s.
+One query token takes 2·64·(576 + 512) flop a row, 18 TFLOP at 128K in those 35 µs (520 TFLOP/s): at the edge of what the
+tensor cores give, so each row is read once and serves as key and, turned, as value. All 64 heads lie in one tile; an SM
+holds one program, so one sequence is split over all of them. A split leaves 64·512 float32 behind, 17 MB for 132 of them:
+they stay in the second cache level (50 MB) until the merge reads them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from thinkloop.kernels.compile_case import CompileCase
+from thinkloop.kernels.int4_layout import cast
+from torch import Tensor
+
+PAGE = 64
+"""Rows of a cache block, `engine.kv_cache.BLOCK`."""
+MAX_TOKENS = 8
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_LEAST_ROWS = 256
+"""Rows of the cache below which another split costs more to merge than it saves, by the bytes it leaves behind."""
+_MERGE_COLUMNS = 128
+_SMS = 132  # where there is no device to ask: an H100's
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTiles:
+    """Query rows (token, head) and cache rows of a tile, warps and pipeline stages."""
+
+    queries: int
+    rows: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_tiles(queries: int, capability: int = 90) -> DecodeTiles:
+    """For `queries` rows (tokens times heads). K2's 64 fill a warp group's matrix instruction; the accumulator [64, 512] is
+    128 registers a thread over 8 warps. Moonlight's 16 take half of that over 4. Shared memory holds the queries
+    (72 KB for K2) and two tiles of rows: 64 of them (72 KB each) on Hopper; on the A100 16, where 32 spill registers."""
+    size = min(64, max(16, triton.next_power_of_2(queries)))
+    rows = 64 if capability >= 90 else 16
+    return DecodeTiles(size, rows, num_warps=4 if size == 16 else 8, num_stages=2)
+
+
+def kv_splits(batch: int, heads: int, tokens: int, max_length: int, sm_count: int) -> int:
+    """Into how many parts each sequence's rows are split, for a step of this shape whatever the lengths turn out to be:
+    one program an SM, no part of under 256 rows."""
+    programs = batch * -(-heads * tokens // decode_tiles(heads * tokens).queries)
+    return max(1, min(sm_count // programs, -(-max_length // _LEAST_ROWS)))
+
+
+@triton.jit
+def dot(b_a, b_b, INTERPRET: tl.constexpr):
+    """A product with float32 sums; Triton's interpreter gets those of bfloat16 wrong."""
+    if INTERPRET:
+        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32))
+    return tl.dot(b_a, b_b)
+
+
+@triton.jit(do_not_specialize=["pages"])
+def _decode_kernel(
+    p_q, p_cache, p_table, p_lengths, p_part, p_lse, scale, pages,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, SPLITS: tl.constexpr,
+    PAGE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One split of one sequence for one tile of query rows. `scale` includes log2(e)."""
+    WIDTH: tl.constexpr = LATENT + ROPE
+    i_split, i_tile, i_batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(p_lengths + i_batch)
+    share = tl.cdiv(tl.cdiv(length, ROWS), SPLITS) * ROWS  # by the length there is, so that all splits have work
+    first = i_split * share
+    last = tl.minimum(first + share, length)
+
+    o_query = i_tile * QUERIES + tl.arange(0, QUERIES)
+    real = o_query < TOKENS * HEADS
+    o_flat = i_batch.to(tl.int64) * TOKENS * HEADS + o_query
+    o_part = o_flat * SPLITS + i_split
+    if first >= last:
+        tl.store(p_lse + o_part, tl.full([QUERIES], float("-inf"), tl.float32), mask=real)
+        return
+
+    o_latent, o_rope, o_row = tl.arange(0, LATENT), LATENT + tl.arange(0, ROPE), tl.arange(0, ROWS)
+    b_q = tl.load(p_q + o_flat[:, None] * WIDTH + o_latent[None, :], mask=real[:, None], other=0.0)
+    b_q_rope = tl.load(p_q + o_flat[:, None] * WIDTH + o_rope[None, :], mask=real[:, None], other=0.0)
+    b_seen = length - TOKENS + o_query // HEADS + 1  # rows that a query's token sees
+    b_max = tl.full([QUERIES], -1e30, tl.float32)  # finite: a row may see nothing of a tile
+    b_sum = tl.zeros([QUERIES], tl.float32)
+    b_mixed = tl.zeros([QUERIES, LATENT], tl.float32)
+    for start in range(first, last, ROWS):
+        page = tl.load(p_table + i_batch * pages + start // PAGE).to(tl.int64)
+        inside = start + o_row < length
+        p_rows = p_cache + (page * PAGE + start % PAGE + o_row)[:, None] * WIDTH
+        b_rows = tl.load(p_rows + o_latent[None, :], mask=inside[:, None], other=0.0)  # [S, C]: key, then value
+        b_keys = tl.load(p_rows + o_rope[None, :], mask=inside[:, None], other=0.0)
+        b_scores = dot(b_q, tl.trans(b_rows), INTERPRET) + dot(b_q_rope, tl.trans(b_keys), INTERPRET)
+        b_scores = tl.where((start + o_row)[None, :] < b_seen[:, None], b_scores * scale, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_scores, 1))
+        b_weights = tl.exp2(b_scores - b_new[:, None])
+        b_keep = tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_keep + tl.sum(b_weights, 1)
+        b_mixed = b_mixed * b_keep[:, None] + dot(b_weights.to(b_rows.dtype), b_rows, INTERPRET)
+        b_max = b_new
+    b_some = b_sum > 0
+    tl.store(p_lse + o_part, tl.where(b_some, b_max + tl.log2(tl.where(b_some, b_sum, 1.0)), float("-inf")), mask=real)
+    b_mixed /= tl.where(b_some, b_sum, 1.0)[:, None]
+    tl.store(p_part + o_part[:, None] * LATENT + o_latent[None, :], b_mixed, mask=real[:, None])
+
+
+@triton.jit
+def _merge_kernel(
+    p_part, p_lse, p_out, LATENT: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, COLUMNS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One query row, COLUMNS of its latent: the splits' results, each by its share of the sum of weights."""
+    i_query, i_column = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_split, o_column = tl.arange(0, SPLITS_PAD), i_column * COLUMNS + tl.arange(0, COLUMNS)
+    b_lse = tl.load(p_lse + i_query * SPLITS + o_split, mask=o_split < SPLITS, other=float("-inf"))
+    most = tl.maximum(tl.max(b_lse), -1e30)
+    total = tl.sum(tl.exp2(b_lse - most))
+    b_out = tl.zeros([COLUMNS], tl.float32)
+    for i_split in range(SPLITS):
+        lse = tl.load(p_lse + i_query * SPLITS + i_split)
+        if lse > float("-inf"):  # an empty split left its part unwritten
+            b_part = tl.load(p_part + (i_query * SPLITS + i_split) * LATENT + o_column)
+            b_out += b_part * tl.exp2(lse - most)
+    b_out = tl.where(total > 0, b_out / tl.where(total > 0, total, 1.0), 0.0)
+    tl.store(p_out + i_query * LATENT + o_column, cast(b_out, p_out.dtype.element_ty, INTERPRET))
+
+
+def mla_decode(
+    q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, scale: float, *, splits: int | None = None
+) -> Tensor:
+    """Attention of `T` new tokens a sequence, 1 to 8, in the latent space: bfloat16 `[B, T, H, C]`.
+
+    `q [B, T, H, C+R]` are absorbed, rotated queries, bfloat16 as the cache. Row `i` of a sequence lies in slot
+    `table[b, i // 64] * 64 + i % 64` of `cache [slots, C+R]`; `table [B, pages]` and `lengths [B]` are int32. The new
+    tokens' rows are the last of `lengths`, and a token sees the rows up to its own. A length of 0 gives zeros, and
+    nothing is read for it. `splits` None: `kv_splits` for the longest sequence that the table has room for. C and R are
+    powers of two from 16 up. Raises `ValueError` naming the argument that doesn't fit.
+    """
+    latent = _check(q, cache, table, lengths)
+    batch, tokens, heads, width = q.shape
+    capability, sms = _device(q.device.index if q.device.type == "cuda" else None)
+    if splits is None:
+        splits = kv_splits(batch, heads, tokens, table.shape[1] * PAGE, sms)
+    tiles, queries = decode_tiles(tokens * heads, capability), batch * tokens * heads
+    part = torch.empty(queries, splits, latent, dtype=torch.float32, device=q.device)
+    lse = torch.empty(queries, splits, dtype=torch.float32, device=q.device)
+    out = torch.empty(batch, tokens, heads, latent, dtype=q.dtype, device=q.device)
+    grid = (splits, triton.cdiv(tokens * heads, tiles.queries), batch)
+    _decode_kernel[grid](
+        q, cache, table, lengths, part, lse, scale * _LOG2_E, table.shape[1],
+        **_constants(heads, tokens, latent, width - latent, splits, tiles),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    _merge_kernel[(queries, triton.cdiv(latent, _columns(latent)))](
+        part, lse, out, **_merge_constants(latent, splits), num_warps=4
+    )
+    return out
+
+
+_LOG2_E = 1.4426950408889634
+
+
+def _constants(heads: int, tokens: int, latent: int, rope: int, splits: int, tiles: DecodeTiles) -> dict[str, Any]:
+    return {
+        "HEADS": heads, "TOKENS": tokens, "LATENT": latent, "ROPE": rope, "SPLITS": splits, "PAGE": PAGE,
+        "QUERIES": tiles.queries, "ROWS": tiles.rows, "INTERPRET": _INTERPRET,
+    }  # fmt: skip
+
+
+def _columns(latent: int) -> int:
+    return min(latent, _MERGE_COLUMNS)
+
+
+def _merge_constants(latent: int, splits: int) -> dict[str, Any]:
+    pad = triton.next_power_of_2(splits)
+    return {"LATENT": latent, "SPLITS": splits, "SPLITS_PAD": pad, "COLUMNS": _columns(latent), "INTERPRET": _INTERPRET}
+
+
+@cache
+def _device(index: int | None) -> tuple[int, int]:
+    """Compute capability and number of SMs."""
+    if index is None:
+        return 90, _SMS
+    about = torch.cuda.get_device_properties(index)
+    return 10 * about.major + about.minor, about.multi_processor_count
+
+
+def _check(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor) -> int:
+    """The width of the latent: the largest power of two below a row's."""
+    if q.dim() != 4 or q.dtype != torch.bfloat16 or not q.is_contiguous() or not 1 <= q.shape[1] <= MAX_TOKENS:
+        raise ValueError(f"`q` must be contiguous bfloat16 [B, 1 to {MAX_TOKENS}, H, C+R], not {q.dtype} {q.shape}.")
+    if cache.dim() != 2 or cache.dtype != q.dtype or not cache.is_contiguous() or cache.shape[1] != q.shape[3]:
+        raise ValueError(
+            f"`cache` must be contiguous {q.dtype} [slots, {q.shape[3]}], not {cache.dtype} {cache.shape}."
+        )
+    latent = 1 << (q.shape[3] - 1).bit_length() - 1
+    rope = q.shape[3] - latent
+    if rope < 16 or rope & rope - 1:
+        raise ValueError(f"`q` must have rows of two powers of two, the smaller of at least 16, not {q.shape[3]}.")
+    for name, value, shape in (("table", table, (q.shape[0], -1)), ("lengths", lengths, (q.shape[0],))):
+        fits = value.dim() == len(shape) and value.shape[0] == shape[0] and value.shape.numel() > 0
+        if not fits or value.dtype != torch.int32 or not value.is_contiguous():
+            raise ValueError(f"`{name}` must be contiguous int32 {list(shape)}, not {value.dtype} {value.shape}.")
+    return latent
+
+
+def compile_cases(capability: int = 90) -> Iterator[CompileCase]:
+    """Both kernels for Kimi-K2 and Moonlight, 1 to 8 tokens, one sequence of up to 262,144 rows."""
+    merged = set()
+    for (model, heads), tokens in ((m, t) for m in (("k2", 64), ("moonlight", 16)) for t in (1, 2, 4, 8)):
+        splits, tiles = kv_splits(1, heads, tokens, 1 << 18, _SMS), decode_tiles(heads * tokens, capability)
+        constants = _constants(heads, tokens, 512, 64, splits, tiles)
+        signature = {"p_q": "*bf16", "p_cache": "*bf16", "p_table": "*i32", "p_lengths": "*i32", "p_part": "*fp32",
+                     "p_lse": "*fp32", "scale": "fp32", "pages": "i32"}  # fmt: skip
+        signature |= dict.fromkeys(constants, "constexpr")
+        name = f"mla_decode-{model}-{tokens}"
+        yield CompileCase(name, _decode_kernel, signature, constants, tiles.num_warps, tiles.num_stages, decode=True)
+        if splits not in merged:
+            merged.add(splits)
+            constants = _merge_constants(512, splits)
+            signature = {"p_part": "*fp32", "p_lse": "*fp32", "p_out": "*bf16", **dict.fromkeys(constants, "constexpr")}
+            yield CompileCase(f"mla_merge-{splits}", _merge_kernel, signature, constants, 4, 3, decode=True)

@@ -1,0 +1,69 @@
+"""Every kernel compiles for the GPUs it is meant for, without one: nothing spills while decoding, and shared memory and
+registers fit the chip."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED = {80: 163 << 10, 90: 227 << 10}
+"""Bytes of shared memory that one program can have (CUDA C++ programming guide, table of compute capabilities)."""
+REGISTERS = 1 << 16  # of an SM
+HERE = Path(__file__).parent
+
+SPILLING = """
+import triton
+import triton.language as tl
+from thinkloop.kernels.compile_case import CompileCase
+
+@triton.jit
+def _kernel(p_x, p_out, SIZE: tl.constexpr):
+    o_x = tl.arange(0, SIZE)
+    b_x = tl.load(p_x + o_x)
+    b_sums = tl.cumsum(b_x, 0)
+    tl.store(p_out + o_x, b_x * b_sums)
+
+def compile_cases():
+    signature = {"p_x": "*fp32", "p_out": "*fp32", "SIZE": "constexpr"}
+    return [CompileCase("too much", _kernel, signature, {"SIZE": 8192}, 1, 1, True)]
+"""
+
+
+def compiled(folder: Path, capability: int, *files: str) -> list[dict[str, Any]]:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(HERE / "compiled.py"), str(capability), *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def spills(case: dict[str, Any]) -> bool:
+    return bool(case["stack"] or case["local"])
+
+
+def fits(case: dict[str, Any], capability: int) -> bool:
+    return case["shared"] <= SHARED[capability] and case["registers"] * 32 * case["warps"] <= REGISTERS
+
+
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+def test_every_kernel_compiles_and_fits(tmp_path: Path, capability: int) -> None:
+    found = compiled(tmp_path, capability)
+    assert len(found) > 50
+    assert [case["name"] for case in found if not fits(case, capability)] == []
+    assert [case["name"] for case in found if case["decode"] and spills(case)] == []
+    assert {"k2", "moonlight"} <= {part for case in found for part in case["name"].split("-")}
+
+
+def test_a_kernel_that_spills_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "spilling.py"
+    path.write_text(SPILLING)
+    (case,) = compiled(tmp_path, 90, str(path))
+    assert spills(case)
