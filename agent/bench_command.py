@@ -12,7 +12,8 @@ import torch
 from rich.table import Table
 from thinkloop.agent.screen import plain_console
 from thinkloop.engine import bench
-from thinkloop.engine.engine import Device, Engine
+from thinkloop.engine.device import Device
+from thinkloop.engine.engine import Engine
 
 What = Literal["decode", "prefill", "load"]
 Row = bench.Decode | bench.Prefill | bench.Load

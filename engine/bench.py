@@ -15,24 +15,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from thinkloop.engine.checkpoint import Checkpoint
 from thinkloop.engine.config import ModelConfig
-from thinkloop.engine.engine import MINI, Device, Engine
+from thinkloop.engine.device import Device, cache_size, choose_backend, find_device
+from thinkloop.engine.engine import MINI, Engine
 from thinkloop.engine.footprint import active_parameters, weight_bytes
 from thinkloop.engine.generation import GenerationStats
 from thinkloop.engine.kv_cache import BlockPool
 from thinkloop.engine.model import Transformer
 from thinkloop.engine.params import Sampling
 from thinkloop.engine.session import Session
-from thinkloop.engine.synthetic import MOONLIGHT_SLICE, RandomTensors
+from thinkloop.engine.synthetic import MADE_UP, RandomTensors
 from thinkloop.engine.tokenizer import Tokenizer
 from thinkloop.engine.weights import load_weights
 
-SLICE = "moonlight-slice"
-"""The name of a model that is made up on the spot: `synthetic.MOONLIGHT_SLICE`."""
 READ_BYTES = 256 << 20
 """What one reading of the memory's speed goes through: several times any cache."""
 CACHED = 64 << 20
@@ -101,20 +100,22 @@ class Load:
 
 
 def open_engine(model: str, device: Device = "cpu") -> Engine:
-    """The engine of `mini`, of a checkpoint folder, or of the made-up `SLICE`. Raises `ThinkloopError`."""
-    if model != SLICE:
+    """The engine of `mini`, of a checkpoint folder, or of one of `synthetic.MADE_UP`. Raises `ThinkloopError`."""
+    if model not in MADE_UP:
         return Engine.load(model, device=device, share_prefixes=False)
     # A thread of its own: as long as two threads have used OpenMP, its workers go to sleep between one op and the next,
     # and the engine's thread would wait for them to wake (a token 40 instead of 35 ms).
     with ThreadPoolExecutor(1) as thread:
-        transformer, pool = thread.submit(_made_up, torch.device(device)).result()
-    return Engine(Path(SLICE), transformer.config, transformer, "random", pool, share_prefixes=False)
+        transformer, pool = thread.submit(_made_up, MADE_UP[model], device).result()
+    return Engine(Path(model), transformer.config, transformer, "random", pool, share_prefixes=False)
 
 
-def _made_up(device: torch.device) -> tuple[Transformer, BlockPool]:
-    config = ModelConfig.from_json(MOONLIGHT_SLICE)
-    weights = load_weights(RandomTensors(config), torch.bfloat16, device)
-    return Transformer(config, weights), BlockPool(config, config.max_position_embeddings, weights.dtype, device)
+def _made_up(data: dict[str, Any], name: Device) -> tuple[Transformer, BlockPool]:
+    config, device, dtype = ModelConfig.from_json(data), find_device(name), torch.bfloat16
+    tokens = cache_size(config.max_position_embeddings, config, dtype, device)
+    pool, backend = BlockPool(config, tokens, dtype, device), choose_backend(device, dtype)
+    weights = load_weights(RandomTensors(config, device=device), dtype, device, backend=backend)
+    return Transformer(config, weights), pool
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -230,12 +231,12 @@ async def prefill(engine: Engine, *, tokens: int, rounds: int) -> Prefill:
 
 
 def load(model: str, device: Device = "cpu", *, rounds: int) -> Load:
-    """Loads a model `rounds` times; `SLICE` is written to a temporary folder first (2.4 GB). Files that were read
+    """Loads a model `rounds` times; one of `MADE_UP` is written to a temporary folder first. Files that were read
     lately come from the system's memory, not from the disk. Raises `ThinkloopError`."""
-    if model != SLICE:
+    if model not in MADE_UP:
         return _load(model, device, rounds)
     with tempfile.TemporaryDirectory() as folder:
-        RandomTensors(ModelConfig.from_json(MOONLIGHT_SLICE)).write(Path(folder), MOONLIGHT_SLICE)
+        RandomTensors(ModelConfig.from_json(MADE_UP[model])).write(Path(folder), MADE_UP[model])
         return _load(folder, device, rounds)
 
 

@@ -9,14 +9,24 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 from thinkloop.engine.checkpoint import Checkpoint
 from thinkloop.engine.config import ModelConfig
+from thinkloop.engine.device import (
+    Device,
+    Dtype,
+    EngineError,
+    cache_size,
+    choose_backend,
+    choose_dtype,
+    find_device,
+    narrowed,
+)
 from thinkloop.engine.drafts import Confidence, Drafter
-from thinkloop.engine.footprint import default_dtype, resident_bytes
+from thinkloop.engine.footprint import resident_bytes
 from thinkloop.engine.kv_cache import BlockPool, LatentCache
 from thinkloop.engine.model import Segment, Transformer
 from thinkloop.engine.params import Sampling
@@ -24,27 +34,17 @@ from thinkloop.engine.scheduler import EngineClosed, Scheduler
 from thinkloop.engine.sequence import Sequence
 from thinkloop.engine.session import Session
 from thinkloop.engine.weights import Progress, load_weights
-from thinkloop.traces.events import ThinkloopError
 from torch import Tensor
 
 T = TypeVar("T")
-Device = Literal["cpu", "cuda"]
-Dtype = Literal["float32", "bfloat16"]
 
 MINI = Path(__file__).parent / "mini"
 _ONE_THREAD = 64 << 20
 """Below this, waking a second thread for each op of a step of a few rows costs more than it brings."""
-_WINDOWS = 16
-_MEMORY_SHARE = 4
-"""Without `cache_tokens` the KV cache holds 16 windows, or what a quarter of the free memory holds, whichever is less,
-but one window at least. On the CPU memory is only taken as rows are written."""
 PREFILL_CHUNK = 256
+_CUDA_CHUNK = 2048
 CACHE_PATIENCE = 10.0
 _TEXT_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-
-class EngineError(ThinkloopError):
-    """No such model, device or dtype, or bad token ids."""
 
 
 class Engine:
@@ -64,22 +64,23 @@ class Engine:
     @classmethod
     def load(
         cls, model: str | Path, *, device: Device = "cpu", dtype: Dtype | None = None,
-        lora_norm_eps: float | None = None, cache_tokens: int | None = None,
-        cache_patience: float = CACHE_PATIENCE, prefill_chunk: int = PREFILL_CHUNK,
+        lora_norm_eps: float | None = None, context: int | None = None, cache_tokens: int | None = None,
+        cache_patience: float = CACHE_PATIENCE, prefill_chunk: int | None = None,
         speculate: bool = True, share_prefixes: bool = True, layers: range | None = None,
         progress: Progress | None = None,
     ) -> Engine:  # fmt: skip
         """Loads a published checkpoint folder, or the embedded model by the name `mini`.
 
         `dtype` None means float32 for small models on the CPU and bfloat16 otherwise. `lora_norm_eps` replaces the
-        eps of the two inner attention norms (1e-6). `cache_tokens` is how many tokens the KV cache holds for all sessions
-        together; where it is full, a session waits while others are at work and `cache_patience` seconds longer, and is
-        refused then (`CacheFull`). `prefill_chunk` is how many tokens of a long text are read in one step, between which
-        the other sessions decode. `speculate` drafts tokens from each session's own text where that is faster,
-        `share_prefixes` lets sessions that begin with the same tokens share their rows; neither changes a token in
-        float32 (in bfloat16 a batch of another size may round differently). `layers` loads embedding, head and only those
-        decoder layers, to measure a piece of a model that is too large. `progress` is called with the bytes read so far
-        and in all. Everything is checked before memory is taken. Raises `ThinkloopError`.
+        eps of the two inner attention norms (1e-6). `context` is the most tokens of a session, where that is to be less
+        than the model's window. `cache_tokens` is how many tokens the KV cache holds for all sessions together; where it
+        is full, a session waits while others are at work and `cache_patience` seconds longer, and is refused then
+        (`CacheFull`). `prefill_chunk` is how many tokens of a long text are read in one step, between which the other
+        sessions decode (None: 256 on the CPU, 2,048 on CUDA). `speculate` drafts tokens from each session's own text
+        where that is faster, `share_prefixes` lets sessions that begin with the same tokens share their rows; neither
+        changes a token in float32 (in bfloat16 a batch of another size may round differently). `layers` loads embedding,
+        head and only those decoder layers, to measure a piece of a model that is too large. `progress` is called with
+        the bytes read so far and in all. Everything is checked before memory is taken. Raises `ThinkloopError`.
         """
         folder = _folder(model)
         config = ModelConfig.load(folder)
@@ -87,19 +88,20 @@ class Engine:
             config = config.with_lora_norm_eps(lora_norm_eps)
         if layers is not None:
             config = config.sliced(layers)
-        where, kind = _device(device), _dtype(dtype, device, config)
-        tokens = _cache_tokens(cache_tokens, config, kind)
-        if prefill_chunk < 1:
-            raise EngineError(f"`prefill_chunk` is {prefill_chunk}; it must be a number of tokens, at least 1.")
-        checkpoint = Checkpoint(folder, config)
+        checkpoint_config, config = config, narrowed(config, context)
+        where, kind = find_device(device), choose_dtype(dtype, device, config)
+        tokens = cache_size(cache_tokens, config, kind, where)
+        chunk = prefill_chunk if prefill_chunk is not None else PREFILL_CHUNK if device == "cpu" else _CUDA_CHUNK
+        if chunk < 1:
+            raise EngineError(f"`prefill_chunk` is {chunk}; it must be a number of tokens, at least 1.")
+        checkpoint, backend = Checkpoint(folder, checkpoint_config), choose_backend(where, kind)
         pool = BlockPool(config, tokens, kind, where)
         network = _in_another_thread(
-            lambda: Transformer(config, load_weights(checkpoint, kind, where, progress=progress))
+            lambda: Transformer(config, load_weights(checkpoint, kind, where, backend=backend, progress=progress))
         )
         return cls(
             folder, config, network, checkpoint.fingerprint, pool,
-            prefill_chunk=prefill_chunk, cache_patience=cache_patience, speculate=speculate,
-            share_prefixes=share_prefixes,
+            prefill_chunk=chunk, cache_patience=cache_patience, speculate=speculate, share_prefixes=share_prefixes,
         )  # fmt: skip
 
     @property
@@ -119,6 +121,7 @@ class Engine:
             "device": self.model.weights.device.type,
             "dtype": _name(self.model.weights.dtype),
             "window": self.config.max_position_embeddings,
+            "cache_tokens": self.pool.tokens,
         }
 
     def logits(self, token_ids: Collection[int]) -> Tensor:
@@ -191,48 +194,10 @@ def _folder(model: str | Path) -> Path:
     )
 
 
-def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda"):
-        raise EngineError(f"Device {name!r} isn't known; use 'cpu' or 'cuda'.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EngineError(
-            "Device 'cuda' was asked for, but torch finds no CUDA device. Use 'cpu', or install the CUDA build."
-        )
-    return torch.device(name)
-
-
-def _dtype(name: str | None, device: str, config: ModelConfig) -> torch.dtype:
-    if name not in (None, "float32", "bfloat16"):
-        raise EngineError(f"dtype {name!r} isn't known; use 'float32' or 'bfloat16'.")
-    if name is None:
-        return default_dtype(config, device)
-    return torch.float32 if name == "float32" else torch.bfloat16
-
-
 def _threads(config: ModelConfig) -> tuple[int, int]:
     """Torch's threads for a step of a few rows, and of more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return (1 if resident_bytes(config, torch.float32) <= _ONE_THREAD else cores), cores
-
-
-def _cache_tokens(asked: int | None, config: ModelConfig, dtype: torch.dtype) -> int:
-    if asked is not None and asked < 1:
-        raise EngineError(f"`cache_tokens` is {asked}; it must be a number of tokens, at least 1.")
-    window = config.max_position_embeddings
-    if asked is not None:
-        return asked
-    row = config.num_hidden_layers * config.cache_width * dtype.itemsize
-    return max(window, min(_WINDOWS * window, _free_memory() // _MEMORY_SHARE // row))
-
-
-def _free_memory() -> int:
-    """Bytes of memory that can be had without swapping; 4 GiB where the system doesn't say."""
-    try:
-        with Path("/proc/meminfo").open(encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return 4 << 30
 
 
 def _name(dtype: torch.dtype) -> str:

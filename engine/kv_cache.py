@@ -38,7 +38,8 @@ class BlockPool:
 
     def __init__(self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         count = max(1, -(-tokens // BLOCK))
-        self.rows = torch.empty(config.num_hidden_layers, count * BLOCK, config.cache_width, dtype=dtype, device=device)
+        make = torch.empty if device.type == "cpu" else torch.zeros  # see `kernel_steps` for the zeros
+        self.rows = make(config.num_hidden_layers, count * BLOCK, config.cache_width, dtype=dtype, device=device)
         self.layers = list(self.rows)
         self.references = [0] * count
         self.abandoned: deque[list[int]] = deque()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from thinkloop.kernels.int4 import swiglu_act
 from thinkloop.kernels.mla_cpu import mla_blocks
 from thinkloop.kernels.reference import inv_freq, mla_absorbed, mla_expanded, rope, rope_table, route, yarn_inv_freq
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from thinkloop.engine.kernel_steps import KernelSteps
 
 _SCORES = 1 << 26
 """The most attention scores (tokens × heads × prefix) held at once: 256 MiB in float32."""
@@ -62,9 +65,22 @@ class Transformer:
         self._table = torch.empty(0, config.qk_rope_head_dim // 2, dtype=torch.complex64, device=weights.device)
         self._by_blocks = can_pack(weights.dtype, weights.device)
         self._small = SmallModel(config, weights) if is_small(config, weights) else None
+        self._kernels: KernelSteps | None = None
+        if weights.backend == "triton":
+            from thinkloop.engine.kernel_steps import KernelSteps  # Triton comes with it
+
+            self._reserve_table(config.max_position_embeddings)
+            self._kernels = KernelSteps(config, weights, self._table)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `forward` comes back before the device is done."""
+        return self.weights.device.type != "cpu"
 
     def chunk_size(self, prefix: int, wanted: int) -> int:
         """How many of `wanted` tokens to prefill at once onto `prefix` tokens, so that scores stay in bounds."""
+        if self._kernels is not None:
+            return wanted  # which hold no scores
         return max(min(16, wanted), min(wanted, _SCORES // (self.config.num_attention_heads * (prefix + wanted))))
 
     @torch.inference_mode()
@@ -75,9 +91,9 @@ class Transformer:
         The caller keeps every sequence within the window and has reserved its rows.
         """
         self._reserve_table(max(segment.cache.length + len(segment.ids) for segment in segments))
-        small = self._few(segments)
+        few = self._few(segments)
         logits: dict[int, Tensor] = {}
-        for chosen, run in ((small, self._run_small), (set(range(len(segments))) - small, self._run)):
+        for chosen, run in ((few, self._run_few), (set(range(len(segments))) - few, self._run)):
             if chosen:
                 order = sorted(chosen)
                 logits.update(zip(order, run([segments[index] for index in order]), strict=True))
@@ -86,18 +102,25 @@ class Transformer:
         return [logits[index] for index in range(len(segments))]
 
     def _few(self, segments: Sequence[Segment]) -> set[int]:
-        """Which segments the small model's path takes: those of a few tokens, as long as they are few together."""
+        """Which segments a path of their own takes: those of a few tokens, as long as they are few together."""
+        if self._kernels is not None:
+            return self._kernels.few([len(segment.ids) for segment in segments])
         few = {index for index, segment in enumerate(segments) if len(segment.ids) <= MAX_ROWS}
         rows = sum(len(segments[index].ids) for index in few)
         return few if self._small is not None and rows <= MAX_ROWS else set()
 
-    def _run_small(self, segments: Sequence[Segment]) -> list[Tensor]:
+    def _run_few(self, segments: Sequence[Segment]) -> list[Tensor]:
+        if self._kernels is not None:
+            rows = self._kernels.decode([(segment.cache, segment.ids) for segment in segments])
+            return [own if segment.every else own[-1:] for own, segment in zip(rows, segments, strict=True)]
         assert self._small is not None
         ids = [token for segment in segments for token in segment.ids]
         caches = [(segment.cache, len(segment.ids)) for segment in segments]
         return self._logits(self._small.forward(ids, caches, self._table), segments)
 
     def _run(self, segments: Sequence[Segment]) -> list[Tensor]:
+        if self._kernels is not None:
+            return self._logits(self._kernels.read([(segment.cache, segment.ids) for segment in segments]), segments)
         ids = [token for segment in segments for token in segment.ids]
         x = self._layers(torch.tensor(ids, device=self.weights.device), _places(segments, self._table))
         return self._logits(self._norm(x, self.weights.norm, self.config.rms_norm_eps), segments)

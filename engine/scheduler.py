@@ -201,14 +201,18 @@ class Scheduler:
         except BaseException as error:  # everyone's state is whole: lengths move only after the pass
             self._drop(long or [job for job, _ in batch], error)  # the reader may have been too much: once more without
             return
-        if not long:
-            self.cost.sequences = len(batch)
-            self.cost.learn(sum(len(ids) for _, ids in batch), perf_counter() - started)
+        took = perf_counter() - started
         for (job, ids), logits in zip(batch, results, strict=True):
             try:
                 job.computed(logits, len(ids))
             except BaseException as error:
                 self._drop([job], error)
+        if not long:
+            self.cost.sequences = len(batch)
+            took = (
+                perf_counter() - started if self._model.asynchronous else took
+            )  # choosing tokens waits for the device
+            self.cost.learn(sum(len(ids) for _, ids in batch), took)
 
     def _drop(self, jobs: Sequence[Job], error: BaseException) -> None:
         for job in jobs:

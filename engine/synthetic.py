@@ -42,16 +42,36 @@ MOONLIGHT_SLICE: dict[str, Any] = {
 }  # fmt: skip
 """The `config.json` of Moonlight-16B-A3B's first four layers, one dense and three of experts, these in INT4: 1.1 GB of
 weights a token, head included."""
+_MOONLIGHT = MOONLIGHT_SLICE | {"num_hidden_layers": 27}
+K2_SLICE: dict[str, Any] = MOONLIGHT_SLICE | {
+    "model_type": "kimi_k2", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+    "num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 1536, "n_routed_experts": 384,
+    "num_experts_per_tok": 8, "n_shared_experts": 1, "routed_scaling_factor": 2.827, "max_position_embeddings": 262144,
+    "rope_scaling": {
+        "type": "yarn", "factor": 64.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+"""The same of Kimi-K2-Thinking: 30 GB of experts."""
+_WHOLE = {"quantization_config": None}
+MADE_UP: dict[str, dict[str, Any]] = {
+    "moonlight-slice": MOONLIGHT_SLICE, "moonlight-slice-bf16": MOONLIGHT_SLICE | _WHOLE,
+    "moonlight": _MOONLIGHT, "moonlight-bf16": _MOONLIGHT | _WHOLE,
+    "k2-slice": K2_SLICE, "k2-slice-bf16": K2_SLICE | {"num_hidden_layers": 2} | _WHOLE,
+}  # fmt: skip
+"""Models by the names that benches know. With BF16 experts one layer of K2's takes 34 GB: there is one of them."""
 
 
 class RandomTensors:
     """The tensors of a model without a checkpoint, made as they are read: experts in INT4 where `config` has them so,
     the rest bfloat16. Serves `load_weights` in place of a `Checkpoint`."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, device: torch.device | None = None) -> None:
+        """`device` is where values are drawn, and where `read` is asked to put them (None: the CPU)."""
         self.config = config
         self._expected = expected_tensors(config)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._device = device or torch.device("cpu")
+        self._generator = torch.Generator(self._device).manual_seed(seed)
         self.nbytes = sum(self.size(name) for name in self._expected if not name.endswith("weight_shape"))
 
     def size(self, name: str) -> int:
@@ -86,7 +106,7 @@ class RandomTensors:
         return torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
 
     def _made(self, name: str) -> Tensor:
-        out = torch.empty(self._expected[name].shape, dtype=self._dtype(name))
+        out = torch.empty(self._expected[name].shape, dtype=self._dtype(name), device=self._device)
         self._fill(name, out)
         return out
 
@@ -102,6 +122,7 @@ class RandomTensors:
             out.fill_((GROUP * out.shape[1]) ** -0.5 / _INT4_DEVIATION)
         else:
             deviation = 1.0 if "embed" in name else out.shape[1] ** -0.5
-            block = torch.empty(min(_ROWS, out.shape[0]), out.shape[1]).normal_(0, deviation, generator=self._generator)
+            block = torch.empty(min(_ROWS, out.shape[0]), out.shape[1], device=self._device)
+            block.normal_(0, deviation, generator=self._generator)
             for part in torch.split(out, _ROWS):
                 part.copy_(block[: len(part)])

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain, starmap
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from thinkloop.engine.config import ModelConfig
+from thinkloop.engine.device import Backend
 from thinkloop.engine.linear import can_pack, pack, project
 from thinkloop.kernels.int4 import (
     Planes,
@@ -29,6 +30,9 @@ from thinkloop.kernels.int4 import (
     torch_int4_mm,
 )
 from torch import Tensor
+
+if TYPE_CHECKING:  # Triton comes with it
+    from thinkloop.kernels.int4_layout import PackedExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,12 @@ class Experts:
     w_first: Tensor | None  # [D, 2I_shared + E]
     gate_up: ExpertProduct
     down: ExpertProduct
-    planes: tuple[Planes, Planes] | None
+    planes: tuple[Planes, Planes] | None = None
     """Packed gate_up and down, where they are kept in the planes layout."""
+    packed: tuple[PackedExperts, PackedExperts] | None = None
+    """The same for the Triton kernels."""
+    stacked: tuple[Tensor, Tensor] | None = None
+    """gate_up `[E, D, 2I]` and down `[E, I, D]` of experts that aren't packed, for grouped products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,7 @@ class Weights:
     head: Tensor
     dtype: torch.dtype
     device: torch.device
+    backend: Backend
 
 
 Progress = Callable[[int, int], None]
@@ -108,23 +117,37 @@ class Tensors(Protocol):
 
 
 def load_weights(
-    checkpoint: Tensors, dtype: torch.dtype, device: torch.device, *, progress: Progress | None = None
-) -> Weights:
+    checkpoint: Tensors, dtype: torch.dtype, device: torch.device, *, backend: Backend = "torch",
+    progress: Progress | None = None,
+) -> Weights:  # fmt: skip
     """Reads and prepares every weight that `checkpoint.config` asks for: the whole model, or its slice of layers.
 
     Beyond the model itself this keeps one tensor of the checkpoint resident, and scratch of a few times one expert.
     """
-    return _Loader(checkpoint, dtype, device, progress).model()
+    return _Loader(checkpoint, dtype, device, backend, progress).model()
+
+
+class _Routed(NamedTuple):
+    """The routed experts' matrices of one kind, in one of the forms of `Experts`."""
+
+    product: ExpertProduct
+    planes: Planes | None = None
+    packed: PackedExperts | None = None
+    stacked: Tensor | None = None
+
+
+def _by_kernels_only(x: Tensor, expert: int) -> Tensor:
+    raise NotImplementedError("these experts are packed for the Triton kernels, which take all of them at once")
 
 
 class _Loader:
     def __init__(
-        self, checkpoint: Tensors, dtype: torch.dtype, device: torch.device, progress: Progress | None
+        self, checkpoint: Tensors, dtype: torch.dtype, device: torch.device, backend: Backend, progress: Progress | None
     ) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.backend = dtype, device, backend
         self.fold = dtype == torch.float32
-        self.packs = can_pack(dtype, device)
+        self.packs = backend == "torch" and can_pack(dtype, device)
         self.progress, self.done = progress, 0
         self.arrived(0)
 
@@ -143,7 +166,7 @@ class _Loader:
             self.read("lm_head.weight", head.T)
         layers = tuple(self.layer(i) for i in range(c.num_hidden_layers))
         norm = self.norm("model.norm.weight", c.hidden_size, head)
-        return Weights(embed, layers, norm, self.ready(head), self.dtype, self.device)
+        return Weights(embed, layers, norm, self.ready(head), self.dtype, self.device, self.backend)
 
     def layer(self, index: int) -> Layer:
         prefix = f"model.layers.{self.config.first_layer + index}."
@@ -226,17 +249,18 @@ class _Loader:
         c, at = self.config, f"{prefix}mlp."
         w_first, w_router, shared = self.first(at, c.moe_intermediate_size * c.n_shared_experts)
         bias = f"{at}gate.e_score_correction_bias"
-        gate_up, up_planes = self.routed(at, ("gate_proj", "up_proj"))
-        down, down_planes = self.routed(at, ("down_proj",))
+        up, down = self.routed(at, ("gate_proj", "up_proj")), self.routed(at, ("down_proj",))
         return Experts(
             self.vector(f"{prefix}post_attention_layernorm.weight", c.hidden_size),
             w_router,
             self.vector(bias, c.n_routed_experts, torch.float32) if c.scoring_func == "sigmoid" else None,
             shared,
             w_first,
-            gate_up,
-            down,
-            (up_planes, down_planes) if up_planes and down_planes else None,
+            up.product,
+            down.product,
+            (up.planes, down.planes) if up.planes and down.planes else None,
+            (up.packed, down.packed) if up.packed and down.packed else None,
+            (up.stacked, down.stacked) if up.stacked is not None and down.stacked is not None else None,
         )
 
     def first(self, prefix: str, width: int) -> tuple[Tensor | None, Tensor, Mlp | None]:
@@ -252,31 +276,42 @@ class _Loader:
         shared = self.ready_mlp(self.mlp(f"{prefix}shared_experts.", width, place)) if width else None
         return w_first, w_router, shared
 
-    def routed(self, prefix: str, names: tuple[str, ...]) -> tuple[ExpertProduct, Planes | None]:
-        """The routed experts' product over `names`, rows joined in that order, and its planes where it has some."""
+    def routed(self, prefix: str, names: tuple[str, ...]) -> _Routed:
+        """The routed experts' matrices over `names`, rows joined in that order."""
         hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
         features, rows = (width, hidden) if names == ("down_proj",) else (hidden, width)
         if not self.config.int4_experts:
             whole = self.whole(prefix, names, features, rows)
-            return (lambda x, expert: project(x, whole[expert])), None
+            stacked = whole if isinstance(whole, Tensor) else None
+            return _Routed(lambda x, expert: project(x, whole[expert]), stacked=stacked)
         packed = self.packed(prefix, names)
+        if self.backend == "triton":
+            return self.for_kernels(packed, rows * len(names), features)
         if fits_torch_int4(rows * len(names), features, self.dtype, self.device):
             matrices = TorchInt4(*self.stacked((one.weight, one.scale) for one in starmap(to_torch_int4, packed)))
-            return (lambda x, expert: torch_int4_mm(x, matrices, expert)), None
+            return _Routed(lambda x, expert: torch_int4_mm(x, matrices, expert))
         planes = Planes(*self.stacked((one.weight, one.scale) for one in starmap(to_planes, packed)))
-        return (lambda x, expert: x @ dequantise_planes(planes, expert, x.dtype)), planes
+        return _Routed(lambda x, expert: x @ dequantise_planes(planes, expert, x.dtype), planes=planes)
 
-    def whole(self, prefix: str, names: tuple[str, ...], features: int, rows: int) -> list[Tensor]:
-        """Each expert's matrix `[in, out]`. Where they are packed for oneDNN they pass one by one through one place: places
-        of their own leave holes in the heap that packed ones don't fit into, as much as the model again."""
+    def for_kernels(self, packed: Iterator[tuple[Tensor, Tensor]], rows: int, features: int) -> _Routed:
+        from thinkloop.kernels.int4_layout import PackedExperts, pack_experts
+
+        weight, scale = self.stacked((one.weight, one.scale) for one in starmap(pack_experts, packed))
+        return _Routed(_by_kernels_only, packed=PackedExperts(weight, scale, rows, features))
+
+    def whole(self, prefix: str, names: tuple[str, ...], features: int, rows: int) -> list[Tensor] | Tensor:
+        """Each expert's matrix `[in, out]`, in one tensor `[E, in, out]`. Where they are packed for oneDNN they pass one by
+        one through one place: places of their own leave holes in the heap that packed ones don't fit into, as much as the
+        model again."""
         count, width = self.config.n_routed_experts, rows * len(names)
-        places = [self.matrix(features, width)] * count if self.packs else list(self.new(count, features, width))
+        every = None if self.packs else self.new(count, features, width)
+        places = [self.matrix(features, width)] * count if every is None else list(every)
         whole = []
         for expert, place in enumerate(places):
             for name, part in zip(names, place.split(rows, dim=1), strict=True):
                 self.read(f"{prefix}experts.{expert}.{name}.weight", part.T)
             whole.append(self.ready(place))
-        return whole
+        return whole if every is None else every
 
     def packed(self, prefix: str, names: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """Each expert's packed rows `[1, N, K/8]` and scales `[1, N, K/32]`, on the device."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 from checkpoints import mini_config_json, write_checkpoint
 from thinkloop.engine import scheduler
-from thinkloop.engine.engine import Engine, EngineError
+from thinkloop.engine.device import EngineError
+from thinkloop.engine.engine import Engine
 from thinkloop.engine.kv_cache import BLOCK, CacheFull
 from thinkloop.engine.params import Sampling
 from thinkloop.engine.scheduler import EngineBusy

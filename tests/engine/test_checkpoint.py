@@ -11,7 +11,8 @@ import torch
 from checkpoints import FP8, INT4, config_json, dequantised, random_tensors, write_checkpoint
 from thinkloop.engine.checkpoint import Checkpoint, CheckpointError
 from thinkloop.engine.config import ModelConfig
-from thinkloop.engine.engine import Engine, EngineError
+from thinkloop.engine.device import EngineError
+from thinkloop.engine.engine import Engine
 from thinkloop.traces.events import ThinkloopError
 from torch import Tensor
 
