@@ -16,7 +16,7 @@ from thinkloop.agent.context import Context
 from thinkloop.agent.limits import Limits
 from thinkloop.agent.loop import Listener, Loop
 from thinkloop.agent.model import Model
-from thinkloop.agent.named import Progress, is_url, open_model
+from thinkloop.agent.named import Device, Local, Progress, is_url, open_model
 from thinkloop.agent.stream import EventStream
 from thinkloop.engine.params import Sampling
 from thinkloop.tools.tool import Tool, Toolset, declaration
@@ -50,11 +50,12 @@ class Agent:
     `model` is `"mini"`, a checkpoint folder, the URL of an OpenAI-compatible server, or any `Model`; one that is
     named is loaded for the first task and kept until `aclose`. `tools` are tools, toolsets, or functions decorated
     with `@tool`. `sampling` and `seed` are how a named model samples; what neither of them sets stays as the checkpoint
-    or the server has it, and a model in this process draws with seed 0. A named model in this process writes its calls
-    under a grammar where the `grammar` extra is installed, unless `grammar` is False. `response_format` (OpenAI's
-    `json_object` or `json_schema`) is the form of the answer; `forbid_repeats` keeps such a grammar from writing a call of
-    the last three steps again. `progress` is called, from another thread, while a named model is loaded. `trace` is the
-    folder for the trace of a run (one that holds none yet), None for a new one under `runs/`, False for no trace.
+    or the server has it, and a model in this process draws with seed 0. `device` is where such a model runs, `context`
+    the most tokens of its window (None: all it has). It writes its calls under a grammar where the `grammar` extra is
+    installed, unless `grammar` is False. `response_format` (OpenAI's `json_object` or `json_schema`) is the form of the
+    answer; `forbid_repeats` keeps such a grammar from writing a call of the last three steps again. `progress` is
+    called, from another thread, while a named model is loaded. `trace` is the folder for the trace of a run (one that
+    holds none yet), None for a new one under `runs/`, False for no trace.
 
     Raises `ThinkloopError` for a model, tool or option that can't be used.
     """
@@ -70,6 +71,8 @@ class Agent:
         sampling: Sampling | None = None,
         trace: str | Path | Literal[False] | None = None,
         model_name: str | None = None,
+        device: Device = "cpu",
+        context: int | None = None,
         grammar: bool = True,
         response_format: Json | None = None,
         forbid_repeats: bool = False,
@@ -82,7 +85,8 @@ class Agent:
         self._sampling = sampling or Sampling(seed=seed)
         self._system, self._trace = system, trace
         self._response_format, self._forbid_repeats = response_format, forbid_repeats
-        self._open = _opener(model, sampling, seed, model_name, grammar, progress)
+        local = Local(device=device, context=context, grammar=grammar, progress=progress)
+        self._open = _opener(model, sampling, seed, model_name, local)
         self._model: Model | None = None if isinstance(model, str | Path) else model
         self._owned = self._model is None
         self._remote = isinstance(model, str) and is_url(model)
@@ -175,13 +179,10 @@ def _opener(
     sampling: Sampling | None,
     seed: int | None,
     model_name: str | None,
-    grammar: bool,
-    progress: Progress | None,
+    local: Local,
 ) -> Callable[[], Model]:
     if isinstance(model, str | Path):
-        return open_model(
-            str(model), sampling=sampling, seed=seed, model_name=model_name, grammar=grammar, progress=progress
-        )
+        return open_model(str(model), sampling=sampling, seed=seed, model_name=model_name, local=local)
     if not (hasattr(model, "stream") and hasattr(model, "count_tokens")):
         raise ThinkloopError(
             f'`model` is {type(model).__name__}: give "mini", a checkpoint folder, a server\'s URL, or a `Model`.'

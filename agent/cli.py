@@ -112,6 +112,10 @@ def run(
     temperature: Annotated[
         float | None, _option("temperature", "0 is greedy.", min=0.0, show_default="the model's own")
     ] = None,
+    device: Annotated[Literal["cpu", "cuda"], _option("device", "Where a model in this process runs.")] = "cpu",
+    context: Annotated[
+        int | None, _option("context", "Most tokens of its window.", min=1, show_default="the model's own")
+    ] = None,
     grammar: Annotated[
         bool, _option("grammar/--no-grammar", "Write calls under a grammar (needs the grammar extra).")
     ] = True,
@@ -132,7 +136,7 @@ def run(
     request = Request(
         task=task, model=model, model_name=model_name, tools=_tool_names(tools), corpus=corpus, max_steps=max_steps,
         max_thinking=max_thinking, thinking_budget=thinking_budget, max_tokens=max_tokens,
-        time_limit=time_limit, seed=seed, temperature=temperature,
+        time_limit=time_limit, seed=seed, temperature=temperature, device=device, context=context,
         grammar=grammar, trace=trace, output="json" if json else "quiet" if quiet else "screen",
     )  # fmt: skip
     raise typer.Exit(execute(request))
@@ -140,7 +144,7 @@ def run(
 
 RUN_OPTIONS = frozenset({
     "model", "model_name", "tools", "corpus", "max_steps", "max_thinking", "thinking_budget", "max_tokens", "time_limit", "seed",
-    "temperature", "grammar", "trace", "json", "quiet", "debug",
+    "temperature", "device", "context", "grammar", "trace", "json", "quiet", "debug",
 })  # fmt: skip
 TOOLS = ("search", "open", "python")
 

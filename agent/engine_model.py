@@ -83,17 +83,19 @@ class EngineModel:
         sampling: Sampling | None = None,
         seed: int = 0,
         device: Literal["cpu", "cuda"] = "cpu",
+        context: int | None = None,
         grammar: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> EngineModel:
-        """The model of a checkpoint folder, or the one that ships with thinkloop for "mini". Takes seconds or more;
+        """The model of a checkpoint folder, or the one that ships with thinkloop for "mini", on `device` and with a window of
+        at most `context` tokens. Takes seconds or more;
         `progress` is called with the bytes read so far and in all.
 
         Raises `ThinkloopError` for a folder that can't be loaded.
         """
         from thinkloop.engine.engine import Engine
 
-        engine = Engine.load(folder, device=device, progress=progress)
+        engine = Engine.load(folder, device=device, context=context, progress=progress)
         try:
             tokenizer, settings = Tokenizer.load(engine.folder), ModelSettings.load(engine.folder)
             model = cls(

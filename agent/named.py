@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from thinkloop.agent.model import Model
 from thinkloop.engine.params import Sampling
 from thinkloop.traces.events import ThinkloopError
 
 MINI = "mini"
+Device = Literal["cpu", "cuda"]
 Progress = Callable[[int, int], None]
 """Called with the bytes of a checkpoint read so far, and in all."""
 
@@ -19,30 +22,44 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Local:
+    """How a model in this process is loaded."""
+
+    device: Device = "cpu"
+    context: int | None = None
+    grammar: bool = True
+    progress: Progress | None = None
+
+
 def open_model(
-    name: str, *, sampling: Sampling | None, seed: int | None, model_name: str | None, grammar: bool,
-    progress: Progress | None,
-) -> Callable[[], Model]:  # fmt: skip
+    name: str, *, sampling: Sampling | None, seed: int | None, model_name: str | None, local: Local
+) -> Callable[[], Model]:
     """What opens the model called `name`; calling it may take seconds. What `sampling` and `seed` leave open is the
     checkpoint's or the server's to say. Raises `ThinkloopError` when there is no such model."""
     if is_url(name):
         if not model_name:
             raise ThinkloopError(f"Which model of {name}? A server needs its name: `model_name=` (--model-name NAME).")
+        if local.device != "cpu" or local.context is not None:
+            raise ThinkloopError(f"`device` and `context` are for a model in this process; {name} is a server.")
         return lambda: _remote(name, sampling, seed, model_name)
     if model_name is not None:
         raise ThinkloopError(f"`model_name` is for a server given by URL; {name!r} is not a URL.")
     if name == MINI or Path(name).is_dir():
-        return lambda: _engine(name, sampling, seed, grammar, progress)
+        return lambda: _engine(name, sampling, seed, local)
     raise ThinkloopError(
         f'There is no model {name!r}: give "{MINI}", an existing checkpoint folder, or the http(s) URL of an '
         "OpenAI-compatible server."
     )
 
 
-def _engine(name: str, sampling: Sampling | None, seed: int | None, grammar: bool, progress: Progress | None) -> Model:
+def _engine(name: str, sampling: Sampling | None, seed: int | None, local: Local) -> Model:
     from thinkloop.agent.engine_model import EngineModel  # brings torch: only a run needs it
 
-    return EngineModel.load(name, sampling=sampling, seed=seed or 0, grammar=grammar, progress=progress)
+    return EngineModel.load(
+        name, sampling=sampling, seed=seed or 0, device=local.device, context=local.context, grammar=local.grammar,
+        progress=local.progress,
+    )  # fmt: skip
 
 
 def _remote(url: str, sampling: Sampling | None, seed: int | None, model_name: str | None) -> Model:

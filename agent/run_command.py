@@ -44,6 +44,8 @@ class Request:
     time_limit: float | None = None
     seed: int | None = None
     temperature: float | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    context: int | None = None
     grammar: bool = True
     trace: Path | None = None
     output: Literal["screen", "json", "quiet"] = "screen"
@@ -119,7 +121,8 @@ def _agent(request: Request, folder: Path) -> Agent:
     sampling = None if request.temperature is None else Sampling(temperature=request.temperature)
     return Agent(
         request.model, _toolsets(request), limits=limits, seed=request.seed, sampling=sampling, trace=folder,
-        model_name=request.model_name, grammar=request.grammar, progress=_loading if request.output == "screen" else None,
+        model_name=request.model_name, device=request.device, context=request.context, grammar=request.grammar,
+        progress=_loading if request.output == "screen" else None,
     )  # fmt: skip
 
 
