@@ -11,12 +11,13 @@ from typing import Any, Literal, assert_never
 import torch
 from rich.table import Table
 from thinkloop.agent.screen import plain_console
-from thinkloop.engine import bench
+from thinkloop.engine import bench, kernel_bench
 from thinkloop.engine.device import Device
 from thinkloop.engine.engine import Engine
+from thinkloop.traces.events import ThinkloopError
 
-What = Literal["decode", "prefill", "load"]
-Row = bench.Decode | bench.Prefill | bench.Load
+What = Literal["decode", "prefill", "load", "kernels"]
+Row = bench.Decode | bench.Prefill | bench.Load | kernel_bench.Row
 SESSIONS = (1, 8)
 CONTEXT = 256
 PREFILL_TOKENS = 512
@@ -24,13 +25,15 @@ PREFILL_TOKENS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """The options of one bench. `tokens` None means as many as make a round of a fraction of a second."""
+    """The options of one bench. `tokens` None means as many as make a round of a fraction of a second; `parts` are which
+    kernels, none for all."""
 
     what: What
     model: str = "mini"
     device: Device = "cpu"
     tokens: int | None = None
     rounds: int = 5
+    parts: tuple[str, ...] = ()
     json: bool = False
 
 
@@ -39,6 +42,8 @@ def execute(request: Request) -> None:
     rows: Sequence[Row]
     if request.what == "load":
         facts, rows = _load(request)
+    elif request.what == "kernels":
+        facts, rows = _kernels(request)
     else:
         with bench.open_engine(request.model, request.device) as engine:
             facts = _about(engine)
@@ -76,6 +81,16 @@ def _load(request: Request) -> tuple[dict[str, Any], list[bench.Load]]:
     return {"torch": torch.__version__}, [bench.load(request.model, request.device, rounds=request.rounds)]
 
 
+def _kernels(request: Request) -> tuple[dict[str, Any], list[kernel_bench.Row]]:
+    parts = request.parts or kernel_bench.PARTS
+    if unknown := [part for part in parts if part not in kernel_bench.PARTS]:
+        raise ThinkloopError(
+            f"There is no kernel {unknown[0]!r} to measure; there are {', '.join(kernel_bench.PARTS)}."
+        )
+    rows = list(kernel_bench.run([part for part in kernel_bench.PARTS if part in parts]))
+    return {"card": torch.cuda.get_device_name(), "torch": torch.__version__}, rows
+
+
 def _cells(row: Row) -> dict[str, str]:
     match row:
         case bench.Decode():
@@ -94,6 +109,12 @@ def _cells(row: Row) -> dict[str, str]:
             return {
                 "GB": _giga(row.nbytes), "GB/s": _giga(row.best), "median": _giga(row.median),
                 "memory GB": _giga(row.resident), "peak GB": _giga(row.peak),
+            }  # fmt: skip
+        case kernel_bench.Row():
+            return {
+                "kernel": row.kernel, "shape": row.shape, "error": f"{row.error:.1e}", "µs": f"{row.microseconds:.1f}",
+                "GB/s": f"{row.nbytes / row.microseconds / 1e3:.0f}", "of copy": f"{row.bandwidth:.0%}",
+                "TFLOP/s": f"{row.operations / row.microseconds / 1e6:.0f}", "of matmul": f"{row.matmul:.0%}",
             }  # fmt: skip
         case _:
             assert_never(row)

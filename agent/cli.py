@@ -215,27 +215,35 @@ def trace_ls(
 
 @app.command()
 def bench(
-    what: Annotated[Literal["decode", "prefill", "load"], typer.Argument(help="What to measure.")],
+    what: Annotated[Literal["decode", "prefill", "load", "kernels"], typer.Argument(help="What to measure.")],
     model: Annotated[
         str,
-        typer.Option("--model", help='"mini", a checkpoint folder, or "moonlight-slice", made up of random weights.'),
+        typer.Option(
+            "--model",
+            help='"mini", a checkpoint folder, or made up of random weights: "moonlight", "moonlight-slice", "k2-slice",'
+            ' each with "-bf16" for experts that aren\'t INT4.',
+        ),
     ] = "mini",
     device: Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where it runs.")] = "cpu",
     tokens: Annotated[
         int | None, typer.Option("--tokens", min=1, help="Tokens a round.", show_default="128 or 16; prefill 512")
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often to measure.")] = 5,
+    part: Annotated[
+        list[str] | None, typer.Option("--part", help="Which kernels; may be given again.", show_default="all")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how fast a model decodes, prefills or loads here, beside what the machine can do.
+    """Measure how fast a model decodes, prefills or loads here, or each kernel is, beside what the machine can do.
 
     Decoding is held against the speed at which memory can be read, prefilling against a large matrix product, both
     measured between the rounds. tokens/s is the best round, all other figures are the median's.
     """
     from thinkloop.agent.bench_command import Request, execute
 
-    execute(Request(what=what, model=model, device=device, tokens=tokens, rounds=rounds, json=json))
+    parts = tuple(part or ())
+    execute(Request(what=what, model=model, device=device, tokens=tokens, rounds=rounds, parts=parts, json=json))
 
 
 @app.command()

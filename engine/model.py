@@ -72,11 +72,6 @@ class Transformer:
             self._reserve_table(config.max_position_embeddings)
             self._kernels = KernelSteps(config, weights, self._table)
 
-    @property
-    def asynchronous(self) -> bool:
-        """Whether `forward` comes back before the device is done."""
-        return self.weights.device.type != "cpu"
-
     def chunk_size(self, prefix: int, wanted: int) -> int:
         """How many of `wanted` tokens to prefill at once onto `prefix` tokens, so that scores stay in bounds."""
         if self._kernels is not None:

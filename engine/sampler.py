@@ -6,12 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from thinkloop.engine.params import Sampling, SamplingError
 from thinkloop.engine.penalties import Penalties
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from thinkloop.engine.device_sampler import DeviceDraw
+
+LARGEST_ON_DEVICE = 1 << 18
+"""The largest vocabulary that the sampling kernels take."""
 _MASK = (1 << 64) - 1
 _NUCLEI = (32, 512)
 
@@ -62,6 +68,7 @@ class Sampler:
         check_sampling(sampling)
         self.sampling = sampling.resolved()
         self._penalties = Penalties(self.sampling, seen, banned)
+        self._on_device: DeviceDraw | None = None
 
     def choose(self, logits: Tensor, position: int, allowed: Tensor | None = None) -> int:
         """The token for float `logits [V]` at draw `position`, recorded as chosen. `logits` stays as it is.
@@ -70,13 +77,26 @@ class Sampler:
         Raises `SamplingError` when no token is left, or the logits are not numbers.
         """
         logits = self._adjusted(logits, allowed)
-        if self.sampling.temperature == 0:
+        if logits.is_cuda and logits.shape[0] <= LARGEST_ON_DEVICE:
+            token = self._draw_on_device(logits, position)
+        elif self.sampling.temperature == 0:
             token = int(logits.argmax())
             if not math.isfinite(logits[token]):
                 raise _unusable(logits)
         else:
             token = self._draw(logits, uniform(self.sampling.seed, position))
         self.record(token)
+        return token
+
+    def _draw_on_device(self, logits: Tensor, position: int) -> int:
+        if self._on_device is None:
+            from thinkloop.engine.device_sampler import DeviceDraw  # Triton comes with it
+
+            self._on_device = DeviceDraw(self.sampling, logits.device)
+        greedy = self.sampling.temperature == 0
+        token = self._on_device(logits, 0.0 if greedy else uniform(self.sampling.seed, position))
+        if token < 0:
+            raise _unusable(logits)
         return token
 
     def record(self, token: int) -> None:
@@ -111,7 +131,7 @@ class Sampler:
         if allowed is not None:
             if allowed.shape != logits.shape:
                 raise SamplingError(f"A mask of shape {list(allowed.shape)} for logits of {list(logits.shape)}.")
-            logits = torch.where(allowed, logits, -math.inf)
+            logits = torch.where(allowed.to(logits.device, non_blocking=True), logits, -math.inf)
         return self._penalties.apply(logits) if self._penalties.active else logits
 
     def _draw(self, logits: Tensor, u: float) -> int:

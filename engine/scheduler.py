@@ -209,9 +209,8 @@ class Scheduler:
                 self._drop([job], error)
         if not long:
             self.cost.sequences = len(batch)
-            took = (
-                perf_counter() - started if self._model.asynchronous else took
-            )  # choosing tokens waits for the device
+            if results[0].is_cuda:  # choosing tokens has waited for the device, the pass alone has not
+                took = perf_counter() - started
             self.cost.learn(sum(len(ids) for _, ids in batch), took)
 
     def _drop(self, jobs: Sequence[Job], error: BaseException) -> None:

@@ -123,3 +123,12 @@ def test_what_it_cannot_measure_is_a_clear_error() -> None:
     long = runner.invoke(app, ["bench", "prefill", "--tokens", "1000000", "--rounds", "1"])
     assert long.exit_code == 1
     assert "don't fit" in long.stderr
+
+
+def test_kernels_are_measured_on_a_gpu_alone_and_by_name() -> None:
+    unknown = CliRunner().invoke(app, ["bench", "kernels", "--part", "router", "--part", "wheels"])
+    assert unknown.exit_code == 1
+    assert "no kernel 'wheels'" in unknown.output
+    if not torch.cuda.is_available():
+        without = CliRunner().invoke(app, ["bench", "kernels"])
+        assert "no CUDA device" in without.output

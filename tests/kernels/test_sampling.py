@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from thinkloop.engine.device_sampler import DeviceDraw
 from thinkloop.engine.params import Sampling, SamplingError
-from thinkloop.engine.sampler import Sampler, uniform
+from thinkloop.engine.sampler import LARGEST_ON_DEVICE, Sampler, uniform
 from thinkloop.kernels.sampling import argmax, on_device, sample
 from thinkloop.kernels.sampling_threshold import MAX_VOCAB, sampling_tiles, search_steps
 from torch import Tensor
@@ -227,3 +228,19 @@ def test_tiles_cover_the_vocabulary(vocab: int) -> None:
 def test_a_search_fixes_all_bits_that_differ() -> None:
     assert search_steps(torch.bfloat16) * 4 == 16
     assert search_steps(torch.float32) * 4 == 32
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0), Sampling(temperature=0.8), Sampling(top_k=5), Sampling(top_p=0.6), Sampling(min_p=0.2)],
+)
+def test_the_samplers_own_draw_on_a_device_is_the_hosts(sampling: Sampling) -> None:
+    host = Sampler(sampling.over(Sampling(seed=7)))
+    device = DeviceDraw(host.sampling, torch.device(DEVICE))
+    for position, logits in enumerate(some_logits(6, 1500)):
+        assert device(logits, uniform(7, position)) == host.choose(logits.cpu(), position)
+    assert device(torch.full((1500,), -INF, device=DEVICE), 0.5) == -1
+
+
+def test_the_sampler_knows_what_the_kernels_take() -> None:
+    assert LARGEST_ON_DEVICE == MAX_VOCAB

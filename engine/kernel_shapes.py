@@ -1,0 +1,68 @@
+"""What the kernel bench measures: shapes of Kimi-K2-Thinking and Moonlight, and the bytes and operations each takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INT4_BYTES = 0.5 + 2 / 32
+"""A packed weight and its share of a bfloat16 scale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The sizes of one model that kernels see."""
+
+    name: str
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    heads: int
+    latent: int = 512
+    rope: int = 64
+    nope: int = 128
+    value: int = 128
+
+    @property
+    def width(self) -> int:
+        """Values of a cache row."""
+        return self.latent + self.rope
+
+    @property
+    def expert_values(self) -> int:
+        """Weights of one expert: gate, up and down."""
+        return 3 * self.hidden * self.inner
+
+
+K2 = Shape(name="k2", hidden=7168, inner=2048, experts=384, top_k=8, heads=64)
+MOONLIGHT = Shape(name="moonlight", hidden=2048, inner=1408, experts=64, top_k=6, heads=16)
+TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
+CONTEXTS = (1 << 10, 1 << 14, 1 << 17, 1 << 18)
+
+
+def experts_bytes(shape: Shape, distinct: int) -> int:
+    """Bytes of `distinct` routed experts of one layer."""
+    return int(distinct * shape.expert_values * INT4_BYTES)
+
+
+def experts_operations(shape: Shape, tokens: int) -> int:
+    """Floating-point operations of `tokens` tokens in their routed experts."""
+    return 2 * tokens * shape.top_k * shape.expert_values
+
+
+def decode_bytes(shape: Shape, batch: int, length: int) -> int:
+    """Bytes of cache that attention over `batch` sequences of `length` rows reads once."""
+    return batch * length * shape.width * 2
+
+
+def decode_operations(shape: Shape, batch: int, tokens: int, length: int) -> int:
+    """Floating-point operations of absorbed attention."""
+    return 2 * batch * tokens * shape.heads * length * (shape.width + shape.latent)
+
+
+def prefill_operations(shape: Shape, tokens: int, total: int) -> int:
+    """Floating-point operations of attention with keys and values written out, that included; half a triangle counts as the
+    pairs that are seen."""
+    pairs = tokens * (total - tokens) + tokens * (tokens + 1) // 2
+    written_out = 2 * total * shape.heads * shape.latent * (shape.nope + shape.value)
+    return 2 * pairs * shape.heads * (shape.nope + shape.rope + shape.value) + written_out
