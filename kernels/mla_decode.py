@@ -5,10 +5,14 @@ key of C+R values a row, of which the first C are the value too; FlashDecoding's
 log-sum-exp.
 
 Budget for Kimi-K2 (64 heads, 576 values a row), computed: a row is 1,152 bytes, 131,072 rows 151 MB, 35 µs at 4.3 TB/s.
-One query token takes 2·64·(576 + 512) flop a row, 18 TFLOP at 128K in those 35 µs (520 TFLOP/s): at the edge of what the
+One query token takes 2·64·(576 + 512) flop a row, 18 Gflop at 128K, in those 35 µs 520 TFLOP/s: at the edge of what the
 tensor cores give, so each row is read once and serves as key and, turned, as value. All 64 heads lie in one tile; an SM
 holds one program, so one sequence is split over all of them. A split leaves 64·512 float32 behind, 17 MB for 132 of them:
 they stay in the second cache level (50 MB) until the merge reads them.
+
+What may keep it from the 35 µs on Hopper: Triton 3.6 gives both warp groups the whole score product of a 64-query tile
+(`warpsPerCTA = [8, 1]` in its IR), 28 Gflop with the repetition. Two smaller tiles would read the rows twice instead, and a
+128-query tile's accumulator doesn't fit the registers.
 """
 
 from __future__ import annotations
@@ -29,10 +33,14 @@ from torch import Tensor
 PAGE = 64
 """Rows of a cache block, `engine.kv_cache.BLOCK`."""
 MAX_TOKENS = 8
+LOG2_E = 1.4426950408889634
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-_LEAST_ROWS = 256
-"""Rows of the cache below which another split costs more to merge than it saves, by the bytes it leaves behind."""
-_MERGE_COLUMNS = 128
+_LEAST_ROWS = 32
+"""Least share of a split, so that 4,096 rows already reach 128 SMs. Not measured."""
+_PROGRAM_ROWS = 1024
+"""What a program costs besides its share, in rows of the cache. By bytes 292 for K2 (64 for its queries, 228 for what it
+leaves and the merge reads); more here, as a graph made for the longest sequence mostly runs on shorter ones."""
+_MERGE_COLUMNS, _MERGE_SPLITS = 64, 32  # a tile of 8 KB: 512 programs at K2's batch 1, 5 loads in flight for 132 splits
 _SMS = 132  # where there is no device to ask: an H100's
 
 
@@ -49,17 +57,26 @@ class DecodeTiles:
 def decode_tiles(queries: int, capability: int = 90) -> DecodeTiles:
     """For `queries` rows (tokens times heads). K2's 64 fill a warp group's matrix instruction; the accumulator [64, 512] is
     128 registers a thread over 8 warps. Moonlight's 16 take half of that over 4. Shared memory holds the queries
-    (72 KB for K2) and two tiles of rows: 64 of them (72 KB each) on Hopper; on the A100 16, where 32 spill registers."""
+    (72 KB for K2) and two tiles of rows: 64 of them (72 KB each) on Hopper, 32 on the A100 with its 163 KB."""
     size = min(64, max(16, triton.next_power_of_2(queries)))
-    rows = 64 if capability >= 90 else 16
+    rows = 64 if capability >= 90 else 32
     return DecodeTiles(size, rows, num_warps=4 if size == 16 else 8, num_stages=2)
 
 
 def kv_splits(batch: int, heads: int, tokens: int, max_length: int, sm_count: int) -> int:
-    """Into how many parts each sequence's rows are split, for a step of this shape whatever the lengths turn out to be:
-    one program an SM, no part of under 256 rows."""
-    programs = batch * -(-heads * tokens // decode_tiles(heads * tokens).queries)
-    return max(1, min(sm_count // programs, -(-max_length // _LEAST_ROWS)))
+    """Into how many parts each sequence's rows are split, for a step of this shape whatever the lengths turn out to be.
+
+    As many as fill the SMs once, or twice where once leaves many idle: 72 tiles on 132 SMs take two thirds of the time in
+    3 splits and two waves. No part is under 32 rows. Scratch: 131 KB a program, so at most 35 MB on 132 SMs, or one
+    program a tile where there are more tiles.
+    """
+    tiles = batch * -(-heads * tokens // decode_tiles(heads * tokens).queries)
+
+    def rows(splits: int) -> float:
+        return -(-tiles * splits // sm_count) * (max_length / splits + _PROGRAM_ROWS)
+
+    most = -(-max_length // _LEAST_ROWS)
+    return min((max(1, min(waves * sm_count // tiles, most)) for waves in (1, 2)), key=rows)
 
 
 @triton.jit
@@ -74,37 +91,44 @@ def dot(b_a, b_b, INTERPRET: tl.constexpr):
 def _decode_kernel(
     p_q, p_cache, p_table, p_lengths, p_part, p_lse, scale, pages,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, SPLITS: tl.constexpr,
-    PAGE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr,
+    PAGE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, LEAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence for one tile of query rows. `scale` includes log2(e)."""
     WIDTH: tl.constexpr = LATENT + ROPE
     i_split, i_tile, i_batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(p_lengths + i_batch)
-    share = tl.cdiv(tl.cdiv(length, ROWS), SPLITS) * ROWS  # by the length there is, so that all splits have work
+    share = tl.cdiv(length, SPLITS)  # by the length there is, so that short sequences use all splits too
+    share = tl.where(share <= LEAST, LEAST, tl.cdiv(share, ROWS) * ROWS)  # either way no tile crosses a page
     first = i_split * share
     last = tl.minimum(first + share, length)
 
     o_query = i_tile * QUERIES + tl.arange(0, QUERIES)
     real = o_query < TOKENS * HEADS
-    o_flat = i_batch.to(tl.int64) * TOKENS * HEADS + o_query
-    o_part = o_flat * SPLITS + i_split
+    o_batch = i_batch.to(tl.int64) * TOKENS * HEADS
+    p_q += o_batch * WIDTH
+    p_lse += o_batch * SPLITS + i_split
+    p_part += (o_batch * SPLITS + i_split) * LATENT
+    o_part = o_query * SPLITS
     if first >= last:
         tl.store(p_lse + o_part, tl.full([QUERIES], float("-inf"), tl.float32), mask=real)
         return
 
     o_latent, o_rope, o_row = tl.arange(0, LATENT), LATENT + tl.arange(0, ROPE), tl.arange(0, ROWS)
-    b_q = tl.load(p_q + o_flat[:, None] * WIDTH + o_latent[None, :], mask=real[:, None], other=0.0)
-    b_q_rope = tl.load(p_q + o_flat[:, None] * WIDTH + o_rope[None, :], mask=real[:, None], other=0.0)
-    b_seen = length - TOKENS + o_query // HEADS + 1  # rows that a query's token sees
+    o_rows = o_row[:, None] * WIDTH  # 32 bits within a tile; 64 for every row spill registers
+    b_q = tl.load(p_q + o_query[:, None] * WIDTH + o_latent[None, :], mask=real[:, None], other=0.0)
+    b_q_rope = tl.load(p_q + o_query[:, None] * WIDTH + o_rope[None, :], mask=real[:, None], other=0.0)
+    b_seen = tl.minimum(length - TOKENS + o_query // HEADS + 1, last)  # rows that a query's token sees, of this split's
     b_max = tl.full([QUERIES], -1e30, tl.float32)  # finite: a row may see nothing of a tile
     b_sum = tl.zeros([QUERIES], tl.float32)
     b_mixed = tl.zeros([QUERIES, LATENT], tl.float32)
     for start in range(first, last, ROWS):
         page = tl.load(p_table + i_batch * pages + start // PAGE).to(tl.int64)
-        inside = start + o_row < length
-        p_rows = p_cache + (page * PAGE + start % PAGE + o_row)[:, None] * WIDTH
-        b_rows = tl.load(p_rows + o_latent[None, :], mask=inside[:, None], other=0.0)  # [S, C]: key, then value
-        b_keys = tl.load(p_rows + o_rope[None, :], mask=inside[:, None], other=0.0)
+        inside = start + o_row < last
+        p_rows = p_cache + (page * PAGE + start % PAGE) * WIDTH
+        b_rows = tl.load(
+            p_rows + o_rows + o_latent[None, :], mask=inside[:, None], other=0.0
+        )  # [S, C]: key, then value
+        b_keys = tl.load(p_rows + o_rows + o_rope[None, :], mask=inside[:, None], other=0.0)
         b_scores = dot(b_q, tl.trans(b_rows), INTERPRET) + dot(b_q_rope, tl.trans(b_keys), INTERPRET)
         b_scores = tl.where((start + o_row)[None, :] < b_seen[:, None], b_scores * scale, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_scores, 1))
@@ -121,22 +145,24 @@ def _decode_kernel(
 
 @triton.jit
 def _merge_kernel(
-    p_part, p_lse, p_out, LATENT: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, COLUMNS: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    p_part, p_lse, p_out, LATENT: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
+    COLUMNS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One query row, COLUMNS of its latent: the splits' results, each by its share of the sum of weights."""
     i_query, i_column = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_split, o_column = tl.arange(0, SPLITS_PAD), i_column * COLUMNS + tl.arange(0, COLUMNS)
-    b_lse = tl.load(p_lse + i_query * SPLITS + o_split, mask=o_split < SPLITS, other=float("-inf"))
+    o_all, o_column = tl.arange(0, PADDED), i_column * COLUMNS + tl.arange(0, COLUMNS)
+    b_lse = tl.load(p_lse + i_query * SPLITS + o_all, mask=o_all < SPLITS, other=float("-inf"))
     most = tl.maximum(tl.max(b_lse), -1e30)
     total = tl.sum(tl.exp2(b_lse - most))
-    b_out = tl.zeros([COLUMNS], tl.float32)
-    for i_split in range(SPLITS):
-        lse = tl.load(p_lse + i_query * SPLITS + i_split)
-        if lse > float("-inf"):  # an empty split left its part unwritten
-            b_part = tl.load(p_part + (i_query * SPLITS + i_split) * LATENT + o_column)
-            b_out += b_part * tl.exp2(lse - most)
-    b_out = tl.where(total > 0, b_out / tl.where(total > 0, total, 1.0), 0.0)
+    b_sum = tl.zeros([PART, COLUMNS], tl.float32)
+    for start in tl.static_range(0, SPLITS, PART):  # unrolled: the loads don't wait for one another
+        o_split = start + tl.arange(0, PART)
+        b_lse = tl.load(p_lse + i_query * SPLITS + o_split, mask=o_split < SPLITS, other=float("-inf"))
+        written = b_lse > float("-inf")  # an empty split left its part as it was
+        p_rows = p_part + (i_query * SPLITS + o_split)[:, None] * LATENT
+        b_part = tl.load(p_rows + o_column[None, :], mask=written[:, None], other=0.0)
+        b_sum += b_part * tl.exp2(b_lse - most)[:, None]
+    b_out = tl.sum(b_sum, 0) / tl.where(total > 0, total, 1.0)
     tl.store(p_out + i_query * LATENT + o_column, cast(b_out, p_out.dtype.element_ty, INTERPRET))
 
 
@@ -162,7 +188,7 @@ def mla_decode(
     out = torch.empty(batch, tokens, heads, latent, dtype=q.dtype, device=q.device)
     grid = (splits, triton.cdiv(tokens * heads, tiles.queries), batch)
     _decode_kernel[grid](
-        q, cache, table, lengths, part, lse, scale * _LOG2_E, table.shape[1],
+        q, cache, table, lengths, part, lse, scale * LOG2_E, table.shape[1],
         **_constants(heads, tokens, latent, width - latent, splits, tiles),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -172,13 +198,10 @@ def mla_decode(
     return out
 
 
-_LOG2_E = 1.4426950408889634
-
-
 def _constants(heads: int, tokens: int, latent: int, rope: int, splits: int, tiles: DecodeTiles) -> dict[str, Any]:
     return {
         "HEADS": heads, "TOKENS": tokens, "LATENT": latent, "ROPE": rope, "SPLITS": splits, "PAGE": PAGE,
-        "QUERIES": tiles.queries, "ROWS": tiles.rows, "INTERPRET": _INTERPRET,
+        "QUERIES": tiles.queries, "ROWS": tiles.rows, "LEAST": min(tiles.rows, _LEAST_ROWS), "INTERPRET": _INTERPRET,
     }  # fmt: skip
 
 
@@ -187,8 +210,11 @@ def _columns(latent: int) -> int:
 
 
 def _merge_constants(latent: int, splits: int) -> dict[str, Any]:
-    pad = triton.next_power_of_2(splits)
-    return {"LATENT": latent, "SPLITS": splits, "SPLITS_PAD": pad, "COLUMNS": _columns(latent), "INTERPRET": _INTERPRET}
+    padded = triton.next_power_of_2(splits)
+    return {
+        "LATENT": latent, "SPLITS": splits, "PADDED": padded, "PART": min(padded, _MERGE_SPLITS),
+        "COLUMNS": _columns(latent), "INTERPRET": _INTERPRET,
+    }  # fmt: skip
 
 
 @cache
@@ -220,18 +246,19 @@ def _check(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor) -> int:
 
 
 def compile_cases(capability: int = 90) -> Iterator[CompileCase]:
-    """Both kernels for Kimi-K2 and Moonlight, 1 to 8 tokens, one sequence of up to 262,144 rows."""
-    merged = set()
+    """Both kernels for Kimi-K2 and Moonlight, 1 to 8 tokens, one sequence of up to 262,144 rows; and the merge of a single
+    split, as long appends have it."""
+    merged = {1}
     for (model, heads), tokens in ((m, t) for m in (("k2", 64), ("moonlight", 16)) for t in (1, 2, 4, 8)):
         splits, tiles = kv_splits(1, heads, tokens, 1 << 18, _SMS), decode_tiles(heads * tokens, capability)
+        merged.add(splits)
         constants = _constants(heads, tokens, 512, 64, splits, tiles)
         signature = {"p_q": "*bf16", "p_cache": "*bf16", "p_table": "*i32", "p_lengths": "*i32", "p_part": "*fp32",
                      "p_lse": "*fp32", "scale": "fp32", "pages": "i32"}  # fmt: skip
         signature |= dict.fromkeys(constants, "constexpr")
         name = f"mla_decode-{model}-{tokens}"
         yield CompileCase(name, _decode_kernel, signature, constants, tiles.num_warps, tiles.num_stages, decode=True)
-        if splits not in merged:
-            merged.add(splits)
-            constants = _merge_constants(512, splits)
-            signature = {"p_part": "*fp32", "p_lse": "*fp32", "p_out": "*bf16", **dict.fromkeys(constants, "constexpr")}
-            yield CompileCase(f"mla_merge-{splits}", _merge_kernel, signature, constants, 4, 3, decode=True)
+    for splits in sorted(merged):
+        constants = _merge_constants(512, splits)
+        signature = {"p_part": "*fp32", "p_lse": "*fp32", "p_out": "*bf16", **dict.fromkeys(constants, "constexpr")}
+        yield CompileCase(f"mla_merge-{splits}", _merge_kernel, signature, constants, 4, 3, decode=True)

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import CompileCase
-from thinkloop.kernels.mla_decode import MAX_TOKENS, dot, mla_decode
+from thinkloop.kernels.mla_decode import LOG2_E, MAX_TOKENS, dot, mla_decode
 from torch import Tensor
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-_LOG2_E = 1.4426950408889634
 CHUNK = 4096
 """Cache rows written out at once."""
 
@@ -42,11 +42,12 @@ class PrefillTiles:
 
 
 def prefill_tiles(tokens: int, capability: int = 90) -> PrefillTiles:
-    """128 queries fill two warp groups' matrix instructions; short pieces take 64. Two stages of 64 keys are 80 KB for
-    K2 beside 48 KB of queries."""
+    """128 queries fill two warp groups' matrix instructions; short pieces take 64. Hopper's read both operands of the scores
+    from shared memory: 64 keys take as many cycles of it as of the tensor cores, 128 three quarters. Two stages of those
+    are 160 KB for K2 beside 48 KB of queries. Computed, not measured."""
     if tokens <= 64:
         return PrefillTiles(64, 64, num_warps=4, num_stages=2)
-    return PrefillTiles(128, 64, num_warps=8, num_stages=3 if capability >= 90 else 2)
+    return PrefillTiles(128, 128 if capability >= 90 else 64, num_warps=8, num_stages=2)
 
 
 def absorbs(tokens: int, latent: int, rope: int, nope: int, value: int) -> bool:
@@ -101,9 +102,11 @@ def _prefill_kernel(
     tl.store(p_out + o_out[:, None] * VALUE + o_value[None, :], b_out, mask=real[:, None])
 
 
-def attend(q: Tensor, nope: Tensor, rope: Tensor, value: Tensor, scale: float, offset: int) -> tuple[Tensor, Tensor]:
-    """Attention of `q [T, H, N+R]` over keys `nope [H, S, N]` beside `rope [S, R]`, shared by the heads, and `value
-    [H, S, V]`, bfloat16: query t sees the keys up to `t + offset`.
+def attend(
+    q: Tensor, nope: Tensor, rope: Tensor, value: Tensor, scale: float, *, causal_offset: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of `q [T, H, N+R]` over keys `nope [H, S, N]` beside `rope [S, R]`, shared by the heads and so not copied
+    to each, and `value [H, S, V]`, bfloat16: query t sees the keys up to `t + causal_offset`; None: all of them.
 
     Returns float32 `[T, H, V]` and the base-2 logarithm of each sum of weights, `[T, H]`; zeros and -inf where a query
     sees nothing. N, R and V are powers of two from 16 up. Raises `ValueError` naming the argument that doesn't fit.
@@ -114,8 +117,9 @@ def attend(q: Tensor, nope: Tensor, rope: Tensor, value: Tensor, scale: float, o
     lse = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
     tiles = prefill_tiles(queries, _capability(q.device))
     _prefill_kernel[(triton.cdiv(queries, tiles.queries), heads)](
-        q, nope, rope, value, out, lse, scale * _LOG2_E, queries, nope.shape[1], offset, rope.stride(0), nope.stride(0),
-        nope.stride(1), value.stride(0), value.stride(1),
+        q, nope, rope, value, out, lse, scale * LOG2_E, queries, nope.shape[1],
+        nope.shape[1] if causal_offset is None else causal_offset,
+        rope.stride(0), nope.stride(0), nope.stride(1), value.stride(0), value.stride(1),
         **_constants(heads, nope.shape[2], rope.shape[1], value.shape[2], tiles),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -139,9 +143,9 @@ def mla_prefill(q: Tensor, rows: Tensor, w_uk: Tensor, w_uv: Tensor, scale: floa
     result: tuple[Tensor, Tensor] | None = None
     for start in range(0, total, chunk):
         piece = rows[start : start + chunk]
-        nope = torch.matmul(piece[:, :latent], w_uk.transpose(1, 2))  # [H, s, N]
-        value = torch.matmul(piece[:, :latent], w_uv)  # [H, s, V]
-        part = attend(q, nope, piece[:, latent:], value, scale, total - tokens - start)
+        shared = piece[:, :latent].expand(w_uk.shape[0], -1, -1)  # a view
+        nope, value = torch.bmm(shared, w_uk.transpose(1, 2)), torch.bmm(shared, w_uv)  # [H, s, N], [H, s, V]
+        part = attend(q, nope, piece[:, latent:], value, scale, causal_offset=total - tokens - start)
         result = part if result is None else merge(result, part)
     if result is None:
         raise ValueError("`rows` must hold at least the new tokens' own.")
@@ -152,17 +156,16 @@ def mla_append(
     q: Tensor, cache: Tensor, table: Tensor, length: int, w_uk: Tensor, w_uv: Tensor, scale: float
 ) -> Tensor:
     """The same absorbed, over a paged cache as in `mla_decode` (`table [pages]`, `length` rows, the new ones included):
-    groups of up to 8 tokens side by side, each seeing the rows up to its own."""
+    groups of up to 8 tokens side by side, each as long as its own last token. Zeros in front fill the first group."""
     tokens, nope = q.shape[0], w_uk.shape[1]
     group = min(tokens, MAX_TOKENS)
-    starts = [*range(0, tokens - group, group), tokens - group]  # the last one may overlap, with the same results
-    own = (torch.tensor(starts, device=q.device)[:, None] + torch.arange(group, device=q.device)).flatten()
+    groups = -(-tokens // group)
+    pad = groups * group - tokens
     latent = torch.bmm(q[..., :nope].transpose(0, 1), w_uk).transpose(0, 1)  # [T, H, C]
-    whole = torch.unflatten(torch.cat([latent, q[..., nope:]], dim=-1)[own], 0, (-1, group)).contiguous()
-    ends = torch.tensor([length - tokens + start + group for start in starts], dtype=torch.int32, device=q.device)
-    tables = table[None].expand(len(starts), -1).contiguous()
-    mixed = torch.empty_like(latent, memory_format=torch.contiguous_format)
-    mixed[own] = mla_decode(whole, cache, tables, ends, scale).flatten(0, 1)
+    whole = F.pad(torch.cat([latent, q[..., nope:]], dim=-1), (0, 0, 0, 0, pad, 0))
+    whole = torch.unflatten(whole, 0, (groups, group))  # [groups, 8, H, C+R]
+    ends = torch.arange(length - (groups - 1) * group, length + 1, group, dtype=torch.int32, device=q.device)
+    mixed = mla_decode(whole, cache, table.repeat(groups, 1), ends, scale).flatten(0, 1)[pad:]
     return torch.bmm(mixed.transpose(0, 1), w_uv).transpose(0, 1)
 
 

@@ -34,7 +34,7 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.float().cpu() - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("splits", [1, 3, None])
+@pytest.mark.parametrize("splits", [1, 3, 7, None])
 @pytest.mark.parametrize(
     ("tokens", "heads", "latent", "rope", "lengths"),
     [(1, 4, 64, 16, [130, 1]), (3, 5, 32, 16, [65, 200, 3]), (8, 6, 128, 32, [300]), (2, 64, 64, 32, [64])],
@@ -58,6 +58,36 @@ def test_a_sequence_without_rows_gives_zeros_and_reads_nothing() -> None:
     out = mla_decode(q, cache, table, torch.tensor([70, 0], dtype=torch.int32, device=DEVICE), SCALE)
     assert (out[1] == 0).all()
     assert error(out[0], reference(q[0].cpu(), rows[0], 64)) < 1e-2
+
+
+def test_fewer_rows_than_new_tokens_leave_the_first_tokens_zeros() -> None:
+    cache, table, rows = paged([2], 80)
+    q = torch.randn(1, 4, 3, 80, generator=torch.Generator().manual_seed(2)).bfloat16()
+    out = mla_decode(q.to(DEVICE), cache, table, torch.tensor([2], dtype=torch.int32, device=DEVICE), SCALE)[0]
+    assert (out[:2] == 0).all()
+    assert error(out[2:], reference(q[0, 2:], rows[0], 64)) < 1e-2
+
+
+@pytest.mark.parametrize("splits", [40, 70])
+def test_more_splits_than_there_are_rows_for_are_merged(splits: int) -> None:
+    cache, table, rows = paged([200], 80)
+    q = torch.randn(1, 2, 3, 80, generator=torch.Generator().manual_seed(2)).bfloat16()
+    ends = torch.tensor([200], dtype=torch.int32, device=DEVICE)
+    out = mla_decode(q.to(DEVICE), cache, table, ends, SCALE, splits=splits)
+    assert error(out[0], reference(q[0], rows[0], 64)) < 1e-2
+
+
+def test_rows_lie_beyond_two_thousand_million_values() -> None:
+    page = (1 << 31) // (PAGE * 80) + 1
+    cache = torch.empty(
+        (page + 1) * PAGE, 80, dtype=torch.bfloat16, device=DEVICE
+    )  # 4 GB, of which one page is touched
+    rows = torch.randn(PAGE, 80, generator=torch.Generator().manual_seed(1)).bfloat16()
+    cache[page * PAGE :] = rows.to(DEVICE)
+    q = torch.randn(1, 1, 3, 80, generator=torch.Generator().manual_seed(2)).bfloat16()
+    table, ends = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([[page]], [PAGE]))
+    out = mla_decode(q.to(DEVICE), cache, table, ends, SCALE)
+    assert error(out[0], reference(q[0], rows, 64)) < 1e-2
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -88,17 +118,35 @@ def test_a_width_that_is_no_two_powers_of_two_is_refused() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("heads", [16, 64, 128])
-@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
-def test_one_long_sequence_keeps_every_sm_busy_and_splits_stay_bounded(heads: int, tokens: int) -> None:
+def programs(batch: int, heads: int, tokens: int, length: int) -> int:
     tiles = -(-heads * tokens // decode_tiles(heads * tokens).queries)
-    for batch in (1, 2, 8, 32):
-        programs = kv_splits(batch, heads, tokens, 1 << 18, 132) * tiles * batch
-        assert programs > 66 or batch * tiles > 66
-        assert programs <= max(132, batch * tiles)
-    assert kv_splits(1, heads, tokens, 1 << 18, 132) * heads * tokens * 512 * 4 <= 20e6  # bytes of partial results
+    return batch * tiles * kv_splits(batch, heads, tokens, length, 132)
+
+
+@pytest.mark.parametrize("heads", [16, 64, 128])
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("length", [1 << 12, 10_000, 1 << 17, 1 << 18])
+def test_one_sequence_keeps_nine_of_ten_sms_busy_from_4096_rows_up(heads: int, tokens: int, length: int) -> None:
+    assert 0.9 * 132 <= programs(1, heads, tokens, length) <= 132
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("length", [1, 63, 4096, 1 << 18])
+def test_splits_and_scratch_stay_bounded(tokens: int, length: int) -> None:
+    for batch in range(1, 300):
+        tiles = batch * tokens
+        splits = kv_splits(batch, 64, tokens, length, 132)
+        assert 1 <= splits <= max(1, -(-length // 32))
+        assert splits == 1 or splits * tiles * 64 * 512 * 4 <= 35e6  # bytes of partial results, half of an H200's L2
+
+
+@pytest.mark.parametrize("batch", range(1, 133))
+def test_no_batch_leaves_more_than_a_third_of_the_sms_time_unused(batch: int) -> None:
+    count = programs(batch, 64, 1, 1 << 18)
+    assert count / (132 * -(-count // 132)) > 2 / 3
 
 
 def test_short_sequences_are_split_less() -> None:
-    assert kv_splits(1, 64, 1, 256, 132) == 1
-    assert kv_splits(1, 64, 1, 4096, 132) == 16
+    assert kv_splits(1, 64, 1, 32, 132) == 1
+    assert kv_splits(1, 64, 1, 1024, 132) == 32
+    assert kv_splits(1, 64, 1, 4096, 132) == 128

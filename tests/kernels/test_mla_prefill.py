@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from thinkloop.kernels.mla_decode import PAGE
 from thinkloop.kernels.mla_prefill import absorbs, attend, merge, mla_append, mla_prefill, prefill_tiles
 from thinkloop.kernels.reference import mla_expanded
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, LATENT, NOPE, ROPE, VALUE, SCALE = 3, 64, 32, 16, 32, 0.12
@@ -36,7 +39,7 @@ def test_written_out_by_pieces_it_is_the_references_attention(tokens: int, total
     assert error(got, want) < 1e-2
 
 
-@pytest.mark.parametrize(("tokens", "total"), [(1, 1), (8, 70), (13, 100), (21, 21)])
+@pytest.mark.parametrize(("tokens", "total"), [(1, 1), (8, 70), (9, 9), (13, 100), (21, 21)])
 def test_absorbed_it_is_the_same(tokens: int, total: int) -> None:
     q, rows, w_uk, w_uv = made(tokens, total)
     pages = -(-total // PAGE)
@@ -52,14 +55,48 @@ def test_absorbed_it_is_the_same(tokens: int, total: int) -> None:
 def test_queries_that_see_nothing_get_zeros_and_leave_a_merge_as_it_was() -> None:
     q, rows, w_uk, w_uv = (one.to(DEVICE) for one in made(4, 10))
     nope, value = torch.matmul(rows[:, :LATENT], w_uk.transpose(1, 2)), torch.matmul(rows[:, :LATENT], w_uv)
-    nothing = attend(q, nope, rows[:, LATENT:], value, SCALE, -4)
+    nothing = attend(q, nope, rows[:, LATENT:], value, SCALE, causal_offset=-4)
     assert (nothing[0] == 0).all()
     assert (nothing[1] == -torch.inf).all()
-    something = attend(q, nope, rows[:, LATENT:], value, SCALE, 6)
+    something = attend(q, nope, rows[:, LATENT:], value, SCALE, causal_offset=6)
     out, lse = merge(something, nothing)
     torch.testing.assert_close(out, something[0])
     torch.testing.assert_close(lse, something[1])
     assert merge(nothing, nothing)[0].isfinite().all()
+
+
+def test_without_a_causal_offset_everything_is_seen() -> None:
+    q, rows, w_uk, w_uv = (one.to(DEVICE) for one in made(4, 10))
+    nope, value = torch.matmul(rows[:, :LATENT], w_uk.transpose(1, 2)), torch.matmul(rows[:, :LATENT], w_uv)
+    everything = attend(q, nope, rows[:, LATENT:], value, SCALE)
+    assert torch.equal(everything[0], attend(q, nope, rows[:, LATENT:], value, SCALE, causal_offset=9)[0])
+    assert not torch.equal(everything[0], attend(q, nope, rows[:, LATENT:], value, SCALE, causal_offset=6)[0])
+
+
+class FromHost(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values taken from it, and tensors made of Python's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in ("aten::_local_scalar_dense", "aten::lift_fresh", "aten::nonzero"):
+            self.found.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_makes_the_host_wait() -> None:
+    q, rows, w_uk, w_uv = (one.to(DEVICE) for one in made(13, 50))
+    table = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    cache = torch.zeros(PAGE, LATENT + ROPE, dtype=torch.bfloat16, device=DEVICE)
+    with FromHost() as host:
+        mla_append(q, cache, table, 50, w_uk, w_uv, SCALE)
+        mla_prefill(q, rows, w_uk, w_uv, SCALE, chunk=32)
+    assert host.found == []
+    with FromHost() as host:
+        torch.tensor([1, 2], device=DEVICE).sum().item()
+    assert "aten::_local_scalar_dense" in host.found
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -71,7 +108,7 @@ def test_what_does_not_fit_is_named() -> None:
         ((q, nope, rope, value[..., :20]), "value"), ((q[..., :40].contiguous(), nope, rope, value), "q"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{name}` must be"):
-            attend(*arguments, SCALE, 6)
+            attend(*arguments, SCALE)
     with pytest.raises(ValueError, match="at least the new tokens"):
         mla_prefill(q, rows[:0], w_uk, w_uv, SCALE)
 
