@@ -125,9 +125,8 @@ def _decode_kernel(
         page = tl.load(p_table + i_batch * pages + start // PAGE).to(tl.int64)
         inside = start + o_row < last
         p_rows = p_cache + (page * PAGE + start % PAGE) * WIDTH
-        b_rows = tl.load(
-            p_rows + o_rows + o_latent[None, :], mask=inside[:, None], other=0.0
-        )  # [S, C]: key, then value
+        # [S, C]: key, then value
+        b_rows = tl.load(p_rows + o_rows + o_latent[None, :], mask=inside[:, None], other=0.0)
         b_keys = tl.load(p_rows + o_rows + o_rope[None, :], mask=inside[:, None], other=0.0)
         b_scores = dot(b_q, tl.trans(b_rows), INTERPRET) + dot(b_q_rope, tl.trans(b_keys), INTERPRET)
         b_scores = tl.where((start + o_row)[None, :] < b_seen[:, None], b_scores * scale, float("-inf"))

@@ -48,10 +48,12 @@ class Runner:
 
 
 def written(folder: Path, config: Json) -> Path:
-    """A checkpoint whose router is sure of its choices: near ties fall differently in bfloat16."""
+    """A checkpoint whose selection biases lie further apart than scores can: near ties fall differently in bfloat16."""
     tensors = random_tensors(ModelConfig.from_json(config), dtype=torch.bfloat16)
-    sure = {name: 4 * tensor if name.endswith("mlp.gate.weight") else tensor for name, tensor in tensors.items()}
-    return write_checkpoint(folder, config, sure)
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensors[name] = 2 * torch.arange(len(tensor)).to(tensor.dtype)
+    return write_checkpoint(folder, config, tensors)
 
 
 def runners(folder: Path) -> tuple[Runner, Runner]:
@@ -67,23 +69,17 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, Runner]:
 
 def close(got: Tensor, want: Tensor) -> bool:
     """Within 3 % for every token; torch's own bfloat16 is within 1 to 2."""
-    return got.shape == want.shape and float(errors(got, want).max()) < 0.03
-
-
-def errors(got: Tensor, want: Tensor) -> Tensor:
-    return (got - want).norm(dim=1) / want.norm(dim=1)
+    errors = (got - want).norm(dim=1) / want.norm(dim=1)
+    return got.shape == want.shape and float(errors.max()) < 0.03
 
 
 @pytest.mark.parametrize("quantised", [{}, {"quantization_config": INT4}], ids=["bf16", "int4"])
 def test_reading_and_decoding_agree_with_float32(tmp_path: Path, quantised: Json) -> None:
     pair = runners(written(tmp_path / "m", config_json(**SIZES, **quantised)))
-    sequences, found = [runner.sequence() for runner in pair], []
+    sequences = [runner.sequence() for runner in pair]
     for piece in (TEXT[:66], TEXT[66:67], TEXT[67:70], TEXT[70:80], [5]):
         (got,), (want,) = (runner.step((cache, piece)) for runner, cache in zip(pair, sequences, strict=True))
-        found.append(errors(got, want))
-    every = torch.cat(found)
-    assert float((every < 0.03).float().mean()) > 0.95  # the others are near ties between experts
-    assert float(every.max()) < 0.8
+        assert close(got, want)
 
 
 def test_sequences_of_any_lengths_decode_together(pair: tuple[Runner, Runner]) -> None:
