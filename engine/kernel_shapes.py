@@ -22,6 +22,7 @@ class Shape:
     rope: int = 64
     nope: int = 128
     value: int = 128
+    vocab: int = 163_840
 
     @property
     def width(self) -> int:
@@ -38,6 +39,8 @@ K2 = Shape(name="k2", hidden=7168, inner=2048, experts=384, top_k=8, heads=64)
 MOONLIGHT = Shape(name="moonlight", hidden=2048, inner=1408, experts=64, top_k=6, heads=16)
 TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 CONTEXTS = (1 << 10, 1 << 14, 1 << 17, 1 << 18)
+ROWS = (1, 8, 64)
+"""Tokens that are drawn together."""
 
 
 def experts_bytes(shape: Shape, distinct: int) -> int:
@@ -66,3 +69,29 @@ def prefill_operations(shape: Shape, tokens: int, total: int) -> int:
     pairs = tokens * (total - tokens) + tokens * (tokens + 1) // 2
     written_out = 2 * total * shape.heads * shape.latent * (shape.nope + shape.value)
     return 2 * pairs * shape.heads * (shape.nope + shape.rope + shape.value) + written_out
+
+
+def prefill_bytes(shape: Shape, tokens: int, total: int) -> int:
+    """Bytes of queries, cache rows, weights and results of attention of `tokens` new tokens over `total` rows, each once."""
+    per_token = shape.heads * (shape.nope + shape.rope + shape.value)
+    return 2 * (total * shape.width + tokens * per_token + shape.heads * shape.latent * (shape.nope + shape.value))
+
+
+def router_bytes(shape: Shape, tokens: int) -> int:
+    """Bytes of float32 logits and the bias, int32 ids and float32 shares."""
+    return 4 * (tokens + 1) * shape.experts + 8 * tokens * shape.top_k
+
+
+def norm_bytes(shape: Shape, tokens: int) -> int:
+    """Bytes of two bfloat16 rows read and two written a token, and of the weight."""
+    return 2 * (4 * tokens + 1) * shape.hidden
+
+
+def rotation_bytes(shape: Shape, tokens: int) -> int:
+    """Bytes that a token's queries and cache row take read and written, its angles, and the norm's weight."""
+    return tokens * (4 * shape.heads * shape.rope + 4 * shape.width + 4 * shape.rope) + 2 * shape.latent
+
+
+def sampling_bytes(shape: Shape, rows: int) -> int:
+    """Bytes of float32 logits, read once."""
+    return 4 * rows * shape.vocab

@@ -45,8 +45,8 @@ def used(file: str, index: int, capability: int) -> dict[str, Any]:
         report = subprocess.run([_OBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     found = {kind: int(amount) for kind, amount in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return {
-        "name": case.name, "decode": case.decode, "warps": case.num_warps, "shared": compiled.metadata.shared,
-        "registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"],
+        "name": case.name, "kernel": case.kernel.__name__, "decode": case.decode, "warps": case.num_warps,
+        "shared": compiled.metadata.shared, "registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"],
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ SHARED = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that one program can have (CUDA C++ programming guide, table of compute capabilities)."""
 REGISTERS = 1 << 16  # of an SM
 HERE = Path(__file__).parent
+KERNELS = HERE.parent.parent / "kernels"
 
 SPILLING = """
 import triton
@@ -34,6 +36,25 @@ def compile_cases():
     return [CompileCase("too much", _kernel, signature, {"SIZE": 8192}, 1, 1, True)]
 """
 
+OVERSIZED = """
+import triton
+import triton.language as tl
+from thinkloop.kernels.compile_case import CompileCase
+
+@triton.jit
+def _kernel(p_a, p_b, p_out, steps, SIDE: tl.constexpr):
+    o_tile = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    b_sum = tl.zeros([SIDE, SIDE], tl.float32)
+    for i_step in range(steps):
+        o_step = i_step * SIDE * SIDE + o_tile
+        b_sum = tl.dot(tl.load(p_a + o_step), tl.load(p_b + o_step), b_sum)
+    tl.store(p_out + o_tile, b_sum)
+
+def compile_cases():
+    signature = {"p_a": "*bf16", "p_b": "*bf16", "p_out": "*fp32", "steps": "i32", "SIDE": "constexpr"}
+    return [CompileCase(f"{stages} stages", _kernel, signature, {"SIDE": 128}, 8, stages, False) for stages in (2, 6)]
+"""
+
 
 def compiled(folder: Path, capability: int, *files: str) -> list[dict[str, Any]]:
     environment = os.environ | {"TRITON_CACHE_DIR": str(folder)}
@@ -50,7 +71,7 @@ def spills(case: dict[str, Any]) -> bool:
 
 
 def fits(case: dict[str, Any], capability: int) -> bool:
-    return case["shared"] <= SHARED[capability] and case["registers"] * 32 * case["warps"] <= REGISTERS
+    return bool(case["shared"] <= SHARED[capability] and case["registers"] * 32 * case["warps"] <= REGISTERS)
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
@@ -59,6 +80,11 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path, capability: int) -> None
     assert len(found) > 50
     assert [case["name"] for case in found if not fits(case, capability)] == []
     assert [case["name"] for case in found if case["decode"] and spills(case)] == []
+    assert {case["kernel"] for case in found} == {
+        name
+        for file in KERNELS.glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
+    }
     assert {"k2", "moonlight"} <= {part for case in found for part in case["name"].split("-")}
 
 
@@ -67,3 +93,17 @@ def test_a_kernel_that_spills_is_noticed(tmp_path: Path) -> None:
     path.write_text(SPILLING)
     (case,) = compiled(tmp_path, 90, str(path))
     assert spills(case)
+
+
+def test_a_kernel_that_takes_too_much_shared_memory_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "oversized.py"
+    path.write_text(OVERSIZED)
+    small, large = compiled(tmp_path, 90, str(path))
+    assert fits(small, 90)
+    assert not fits(large, 90)
+    assert not spills(large)
+
+
+def test_registers_of_all_threads_must_fit_an_sm() -> None:
+    assert fits({"shared": 0, "registers": 255, "warps": 8}, 90)
+    assert not fits({"shared": 0, "registers": 255, "warps": 16}, 90)
