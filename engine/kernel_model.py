@@ -1,7 +1,7 @@
 """The layers by the Triton kernels, for bfloat16 models on CUDA: the maths of `Transformer._layers`, nothing read back.
 
-A layer of experts takes about twenty launches: norms with the residual's addition, rotation with the writing of the cache,
-the router and the experts are one or two kernels each, plain products are torch's. Nothing here waits for the device or
+A layer of experts takes 25 launches (counted here): norms with the residual's addition, rotation with the writing of the
+cache and the router are a kernel each, the experts three, plain products are torch's. Nothing here waits for the device or
 looks at values on it, so that a step of fixed size can be captured as a CUDA graph (`kernel_steps`).
 """
 
@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from thinkloop.engine.config import ModelConfig
+from thinkloop.engine.mla_choice import expanded_is_cheaper
 from thinkloop.engine.weights import Attention, Experts, Mlp, Weights
 from thinkloop.kernels.int4 import swiglu_act
 from thinkloop.kernels.int4_moe import moe_int4
 from thinkloop.kernels.mla_decode import mla_decode
-from thinkloop.kernels.mla_prefill import absorbs, mla_append, mla_prefill
+from thinkloop.kernels.mla_prefill import mla_append, mla_prefill
 from thinkloop.kernels.rms_norm import rms_norm
 from thinkloop.kernels.rope_cache import rope_and_store
 from thinkloop.kernels.router import route
@@ -85,22 +86,24 @@ class KernelModel:
             h.float() @ w.w_router, w.bias, top_k=c.num_experts_per_tok, groups=c.n_group, top_groups=c.topk_group,
             scale=c.routed_scaling_factor, normalise=c.norm_topk_prob, scoring=c.scoring_func,
         )  # fmt: skip
-        if w.packed is not None:
-            out = moe_int4(h, ids, shares, *w.packed)
+        gate_up, down = w.gate_up, w.down
+        if gate_up.packed is not None and down.packed is not None:
+            out = moe_int4(h, ids, shares, gate_up.packed, down.packed)
         else:
-            assert w.stacked is not None
-            out = grouped_experts(h, ids, shares, *w.stacked)
+            assert gate_up.stacked is not None
+            assert down.stacked is not None
+            out = grouped_experts(h, ids, shares, gate_up.stacked, down.stacked)
         return out if w.shared is None else out.add_(_swiglu(h, w.shared))
 
 
-def decode_attention(config: ModelConfig, table: Tensor, lengths: Tensor, splits: int | None = None) -> Attend:
+def decode_attention(config: ModelConfig, table: Tensor, lengths: Tensor) -> Attend:
     """Attention of a few tokens a sequence, absorbed: `n / B` tokens for each of `lengths [B]`; `table [B, blocks]`."""
     nope, batch = config.qk_nope_head_dim, lengths.shape[0]
 
     def attend(q: Tensor, cache: Tensor, w: Attention) -> Tensor:
         latent = torch.bmm(q[..., :nope].transpose(0, 1), w.w_uk).transpose(0, 1)  # [n, H, C]
         whole = torch.unflatten(torch.cat([latent, q[..., nope:]], dim=-1), 0, (batch, -1))  # [B, T, H, C+R]
-        mixed = mla_decode(whole, cache, table, lengths, config.softmax_scale, splits=splits)
+        mixed = mla_decode(whole, cache, table, lengths, config.softmax_scale)
         return torch.bmm(mixed.flatten(0, 1).transpose(0, 1), w.w_uv).transpose(0, 1)
 
     return attend
@@ -108,19 +111,16 @@ def decode_attention(config: ModelConfig, table: Tensor, lengths: Tensor, splits
 
 def reading_attention(config: ModelConfig, pieces: Sequence[Piece]) -> Attend:
     """Attention of long pieces, one sequence after the other: absorbed or with keys and values written out."""
-    c, scale = config, config.softmax_scale
+    scale = config.softmax_scale
 
     def attend(q: Tensor, cache: Tensor, w: Attention) -> Tensor:
         parts = []
         for piece in pieces:
             own = q[piece.first : piece.last]
-            few = absorbs(
-                piece.last - piece.first, c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim, c.v_head_dim
-            )
-            if few:
-                part = mla_append(own, cache, piece.table, piece.length, w.w_uk, w.w_uv, scale)
-            else:
+            if expanded_is_cheaper(config, len(own), piece.length):
                 part = mla_prefill(own, _rows(cache, piece.spans), w.w_uk, w.w_uv, scale)
+            else:
+                part = mla_append(own, cache, piece.table, piece.length, w.w_uk, w.w_uv, scale)
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

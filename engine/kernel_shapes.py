@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from thinkloop.engine.config import ModelConfig
+from thinkloop.engine.synthetic import K2_SLICE, MOONLIGHT_SLICE
+
 INT4_BYTES = 0.5 + 2 / 32
 """A packed weight and its share of a bfloat16 scale."""
 
@@ -18,11 +21,21 @@ class Shape:
     experts: int
     top_k: int
     heads: int
-    latent: int = 512
-    rope: int = 64
-    nope: int = 128
-    value: int = 128
-    vocab: int = 163_840
+    latent: int
+    rope: int
+    nope: int
+    value: int
+    vocab: int
+
+    @classmethod
+    def of(cls, name: str, config: ModelConfig) -> Shape:
+        """The sizes in a model's configuration."""
+        c = config
+        return cls(
+            name=name, hidden=c.hidden_size, inner=c.moe_intermediate_size, experts=c.n_routed_experts,
+            top_k=c.num_experts_per_tok, heads=c.num_attention_heads, latent=c.kv_lora_rank, rope=c.qk_rope_head_dim,
+            nope=c.qk_nope_head_dim, value=c.v_head_dim, vocab=c.vocab_size,
+        )  # fmt: skip
 
     @property
     def width(self) -> int:
@@ -35,8 +48,8 @@ class Shape:
         return 3 * self.hidden * self.inner
 
 
-K2 = Shape(name="k2", hidden=7168, inner=2048, experts=384, top_k=8, heads=64)
-MOONLIGHT = Shape(name="moonlight", hidden=2048, inner=1408, experts=64, top_k=6, heads=16)
+K2 = Shape.of("k2", ModelConfig.from_json(K2_SLICE))
+MOONLIGHT = Shape.of("moonlight", ModelConfig.from_json(MOONLIGHT_SLICE))
 TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 CONTEXTS = (1 << 10, 1 << 14, 1 << 17, 1 << 18)
 ROWS = (1, 8, 64)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from thinkloop.engine.config import ModelConfig
 from thinkloop.engine.kv_cache import BLOCK, BlockPool, LatentCache
 from thinkloop.engine.linear import can_pack, project
+from thinkloop.engine.mla_choice import expanded_is_cheaper
 from thinkloop.engine.small import MAX_ROWS, SmallModel, is_small
 from thinkloop.engine.weights import Attention, ExpertProduct, Experts, Mlp, Weights
 from thinkloop.kernels.int4 import swiglu_act
@@ -43,17 +44,6 @@ def frequencies(config: ModelConfig) -> Tensor:
         dim, config.rope_theta, factor=yarn.factor, original=yarn.original_max_position_embeddings,
         beta_fast=yarn.beta_fast, beta_slow=yarn.beta_slow,
     )  # fmt: skip
-
-
-def expanded_is_cheaper(config: ModelConfig, new: int, total: int) -> bool:
-    """Whether expanding keys and values per head takes fewer products than absorbing them, for `new` tokens looking at
-    `total`. For K2 the switch lies at about 170 new tokens, whatever the prefix."""
-    c, heads = config, config.num_attention_heads
-    absorbed = new * heads * (total * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
-                              + c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim))  # fmt: skip
-    expanded = new * heads * total * (c.qk_head_dim + c.v_head_dim)
-    expanded += total * heads * c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
-    return expanded < absorbed
 
 
 class Transformer:
@@ -187,15 +177,15 @@ class Transformer:
     @staticmethod
     def _chosen(x: Tensor, ids: list[int], shares: Tensor, w: Experts) -> Tensor:
         """The routed experts' share for one token `x [1, D]`, float32."""
-        hidden = swiglu_act(torch.cat([w.gate_up(x, expert) for expert in ids]))  # [K, I]
-        y = torch.cat([w.down(part, expert) for part, expert in zip(torch.split(hidden, 1), ids, strict=True)])
+        hidden = swiglu_act(torch.cat([w.gate_up.times(x, expert) for expert in ids]))  # [K, I]
+        y = torch.cat([w.down.times(part, expert) for part, expert in zip(torch.split(hidden, 1), ids, strict=True)])
         return shares @ y.float()
 
     def _sorted(self, x: Tensor, ids: Tensor, shares: Tensor, w: Experts) -> Tensor:
         """The routed experts' share for many tokens, each expert at once with all that chose it, float32 `[T, D]`."""
         order, tokens, counts = _by_expert(ids, self.config.n_routed_experts)
-        hidden = swiglu_act(_each(w.gate_up, x[tokens], counts))  # [T*K, I]
-        y = _each(w.down, hidden, counts) * shares.flatten()[order, None]  # float32 [T*K, D]
+        hidden = swiglu_act(_each(w.gate_up.times, x[tokens], counts))  # [T*K, I]
+        y = _each(w.down.times, hidden, counts) * shares.flatten()[order, None]  # float32 [T*K, D]
         return torch.zeros_like(x, dtype=torch.float32).index_add_(0, tokens, y)
 
     def route(self, logits: Tensor, w: Experts) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ def is_small(config: ModelConfig, weights: Weights) -> bool:
     """Whether this path serves the model: float32 on the CPU, layers of at most a few MiB."""
     query = (config.q_lora_rank or config.hidden_size) * config.num_attention_heads * config.cache_width
     experts = config.n_routed_experts * 3 * config.hidden_size * config.moe_intermediate_size
-    packed = all(layer.mlp.planes for layer in weights.layers if isinstance(layer.mlp, Experts))
+    packed = all(layer.mlp.gate_up.planes for layer in weights.layers if isinstance(layer.mlp, Experts))
     plain = weights.dtype == torch.float32 and weights.device.type == "cpu"
     return plain and packed and query <= _LAYER_VALUES and experts <= _LAYER_VALUES
 
@@ -164,10 +164,11 @@ class _Joined(NamedTuple):
 
 
 def _join(config: ModelConfig, w: Experts) -> _Joined:
-    assert w.planes is not None
+    assert w.gate_up.planes is not None
+    assert w.down.planes is not None
     every, width = range(config.n_routed_experts), config.moe_intermediate_size
-    pairs = [dequantise_planes(w.planes[0], expert, torch.float32) for expert in every]
-    downs = [dequantise_planes(w.planes[1], expert, torch.float32) for expert in every]
+    pairs = [dequantise_planes(w.gate_up.planes, expert, torch.float32) for expert in every]
+    downs = [dequantise_planes(w.down.planes, expert, torch.float32) for expert in every]
     shared = 0
     if w.shared is not None:
         gate, up = w.shared.w_gate_up.chunk(2, dim=1)

@@ -62,24 +62,33 @@ ExpertProduct = Callable[[Tensor, int], Tensor]
 """`(x [M, in], expert) -> [M, out]`."""
 
 
+class Routed(NamedTuple):
+    """One matrix of every routed expert, gate and up joined or down, in a form that suits the backend: what isn't None."""
+
+    product: ExpertProduct | None = None
+    planes: Planes | None = None
+    """What `product` reads, where it is packed in this layout."""
+    packed: PackedExperts | None = None
+    """For the Triton kernels, which take all experts at once: there is no product with one of them then."""
+    stacked: Tensor | None = None
+    """`[E, in, out]`, where they aren't packed."""
+
+    def times(self, x: Tensor, expert: int) -> Tensor:
+        """`x [M, in]` through one expert's matrix, `[M, out]`."""
+        assert self.product is not None
+        return self.product(x, expert)
+
+
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Router, shared expert and routed experts of one layer. The norm stays apart: packed weights can't take it in.
-    `w_first` joins shared gate, up and router where one dtype serves all (float32); the parts are views of it then."""
+    """Router, shared expert and routed experts of one layer. The norm stays apart: packed weights can't take it in."""
 
     norm: Tensor
     w_router: Tensor  # [D, E] float32
     bias: Tensor | None  # [E] float32
     shared: Mlp | None
-    w_first: Tensor | None  # [D, 2I_shared + E]
-    gate_up: ExpertProduct
-    down: ExpertProduct
-    planes: tuple[Planes, Planes] | None = None
-    """Packed gate_up and down, where they are kept in the planes layout."""
-    packed: tuple[PackedExperts, PackedExperts] | None = None
-    """The same for the Triton kernels."""
-    stacked: tuple[Tensor, Tensor] | None = None
-    """gate_up `[E, D, 2I]` and down `[E, I, D]` of experts that aren't packed, for grouped products."""
+    gate_up: Routed
+    down: Routed
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +134,6 @@ def load_weights(
     Beyond the model itself this keeps one tensor of the checkpoint resident, and scratch of a few times one expert.
     """
     return _Loader(checkpoint, dtype, device, backend, progress).model()
-
-
-class _Routed(NamedTuple):
-    """The routed experts' matrices of one kind, in one of the forms of `Experts`."""
-
-    product: ExpertProduct
-    planes: Planes | None = None
-    packed: PackedExperts | None = None
-    stacked: Tensor | None = None
-
-
-def _by_kernels_only(x: Tensor, expert: int) -> Tensor:
-    raise NotImplementedError("these experts are packed for the Triton kernels, which take all of them at once")
 
 
 class _Loader:
@@ -235,10 +231,9 @@ class _Loader:
         w_uk, w_uv = torch.split(both, [c.qk_nope_head_dim, c.v_head_dim], dim=1)
         return w_uk.contiguous(), w_uv.transpose(1, 2).contiguous()
 
-    def mlp(self, prefix: str, width: int, w_gate_up: Tensor | None = None) -> Mlp:
-        """A SwiGLU block without its norm, not `ready` yet; `w_gate_up` is its place where it has one already."""
-        if w_gate_up is None:
-            w_gate_up = self.matrix(self.config.hidden_size, 2 * width)
+    def mlp(self, prefix: str, width: int) -> Mlp:
+        """A SwiGLU block without its norm, not `ready` yet."""
+        w_gate_up = self.matrix(self.config.hidden_size, 2 * width)
         w_down = self.matrix(width, self.config.hidden_size)
         self.read(f"{prefix}gate_proj.weight", w_gate_up[:, :width].T)
         self.read(f"{prefix}up_proj.weight", w_gate_up[:, width:].T)
@@ -247,57 +242,40 @@ class _Loader:
 
     def experts(self, prefix: str) -> Experts:
         c, at = self.config, f"{prefix}mlp."
-        w_first, w_router, shared = self.first(at, c.moe_intermediate_size * c.n_shared_experts)
-        bias = f"{at}gate.e_score_correction_bias"
-        up, down = self.routed(at, ("gate_proj", "up_proj")), self.routed(at, ("down_proj",))
+        w_router = self.new(c.hidden_size, c.n_routed_experts, dtype=torch.float32)
+        self.read(f"{at}gate.weight", w_router.T)
+        width, bias = c.moe_intermediate_size * c.n_shared_experts, f"{at}gate.e_score_correction_bias"
         return Experts(
             self.vector(f"{prefix}post_attention_layernorm.weight", c.hidden_size),
             w_router,
             self.vector(bias, c.n_routed_experts, torch.float32) if c.scoring_func == "sigmoid" else None,
-            shared,
-            w_first,
-            up.product,
-            down.product,
-            (up.planes, down.planes) if up.planes and down.planes else None,
-            (up.packed, down.packed) if up.packed and down.packed else None,
-            (up.stacked, down.stacked) if up.stacked is not None and down.stacked is not None else None,
+            self.ready_mlp(self.mlp(f"{at}shared_experts.", width)) if width else None,
+            self.routed(at, ("gate_proj", "up_proj")),
+            self.routed(at, ("down_proj",)),
         )
 
-    def first(self, prefix: str, width: int) -> tuple[Tensor | None, Tensor, Mlp | None]:
-        """What reads the normed input whole: shared gate and up with the router in one matrix where one dtype serves
-        all, the router, the shared expert of `width` (0: none)."""
-        c, w_first, place = self.config, None, None
-        if self.fold:
-            w_first = self.new(c.hidden_size, 2 * width + c.n_routed_experts)
-            place, w_router = torch.split(w_first, [2 * width, c.n_routed_experts], dim=1)
-        else:
-            w_router = self.new(c.hidden_size, c.n_routed_experts, dtype=torch.float32)
-        self.read(f"{prefix}gate.weight", w_router.T)
-        shared = self.ready_mlp(self.mlp(f"{prefix}shared_experts.", width, place)) if width else None
-        return w_first, w_router, shared
-
-    def routed(self, prefix: str, names: tuple[str, ...]) -> _Routed:
+    def routed(self, prefix: str, names: tuple[str, ...]) -> Routed:
         """The routed experts' matrices over `names`, rows joined in that order."""
         hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
         features, rows = (width, hidden) if names == ("down_proj",) else (hidden, width)
         if not self.config.int4_experts:
             whole = self.whole(prefix, names, features, rows)
             stacked = whole if isinstance(whole, Tensor) else None
-            return _Routed(lambda x, expert: project(x, whole[expert]), stacked=stacked)
+            return Routed(lambda x, expert: project(x, whole[expert]), stacked=stacked)
         packed = self.packed(prefix, names)
         if self.backend == "triton":
             return self.for_kernels(packed, rows * len(names), features)
         if fits_torch_int4(rows * len(names), features, self.dtype, self.device):
             matrices = TorchInt4(*self.stacked((one.weight, one.scale) for one in starmap(to_torch_int4, packed)))
-            return _Routed(lambda x, expert: torch_int4_mm(x, matrices, expert))
+            return Routed(lambda x, expert: torch_int4_mm(x, matrices, expert))
         planes = Planes(*self.stacked((one.weight, one.scale) for one in starmap(to_planes, packed)))
-        return _Routed(lambda x, expert: x @ dequantise_planes(planes, expert, x.dtype), planes=planes)
+        return Routed(lambda x, expert: x @ dequantise_planes(planes, expert, x.dtype), planes=planes)
 
-    def for_kernels(self, packed: Iterator[tuple[Tensor, Tensor]], rows: int, features: int) -> _Routed:
+    def for_kernels(self, packed: Iterator[tuple[Tensor, Tensor]], rows: int, features: int) -> Routed:
         from thinkloop.kernels.int4_layout import PackedExperts, pack_experts
 
         weight, scale = self.stacked((one.weight, one.scale) for one in starmap(pack_experts, packed))
-        return _Routed(_by_kernels_only, packed=PackedExperts(weight, scale, rows, features))
+        return Routed(packed=PackedExperts(weight, scale, rows, features))
 
     def whole(self, prefix: str, names: tuple[str, ...], features: int, rows: int) -> list[Tensor] | Tensor:
         """Each expert's matrix `[in, out]`, in one tensor `[E, in, out]`. Where they are packed for oneDNN they pass one by

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+"""Triton's names for pointers to the float types that kernels take."""
+
 
 @dataclass(frozen=True, slots=True)
 class CompileCase:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from thinkloop.kernels.reference import GROUP
+from thinkloop.kernels.target import cast
 from torch import Tensor
 
 GRANULE_ROWS = 8
@@ -146,16 +147,6 @@ mov.b32 {$2, $3}, b;
 mov.b32 {$4, $5}, c;
 mov.b32 {$6, $7}, d;
 }""")
-
-
-@triton.jit
-def cast(b_value, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    """float32 to DTYPE, rounded to nearest even; Triton's interpreter cuts bits off on the way to bfloat16."""
-    if INTERPRET and tl.bfloat16 == DTYPE:
-        bits = b_value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        b_value = (bits & -65536).to(tl.float32, bitcast=True)
-    return b_value.to(DTYPE)
 
 
 @triton.jit

@@ -25,9 +25,7 @@ experts (no float atomics: same input, same bits): 112 tiles of 64 rows for 132 
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -38,7 +36,6 @@ import triton.language as tl
 from thinkloop.kernels.compile_case import CompileCase
 from thinkloop.kernels.int4_layout import (
     PackedExperts,
-    cast,
     pack_experts,
     padded_features,
     unpack_experts,
@@ -51,6 +48,7 @@ from thinkloop.kernels.int4_moe_grouped import (
     grouping_cases,
     uses_grouped,
 )
+from thinkloop.kernels.target import HOPPER, INTERPRET, Chip, cast, chip
 from torch import Tensor
 
 __all__ = [
@@ -65,7 +63,6 @@ __all__ = [
     "uses_grouped",
 ]
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _BLOCKS_TOGETHER = 8  # grouped: blocks that visit a tile of rows together, to read an expert's rows once from L2
 _COMBINE_BLOCK = 1024
 
@@ -186,30 +183,21 @@ def _combine_kernel(
 
 
 def _plan(
-    tokens: int, experts: int, top_k: int, rows: int, features: int, *, gated: bool, sm_count: int, capability: int
+    tokens: int, experts: int, top_k: int, rows: int, features: int, *, gated: bool, target: Chip
 ) -> tuple[Tiles, dict[str, Any]]:
     """Tiles and constexprs of one product."""
     in_groups = uses_grouped(tokens, experts, top_k)
     tiles = (
-        grouped_tiles(tokens, experts, top_k) if in_groups else decode_tiles(tokens, rows, features, top_k, sm_count)
+        grouped_tiles(tokens, experts, top_k) if in_groups else decode_tiles(tokens, rows, features, top_k, target.sms)
     )
     padded = padded_features(features)
     return tiles, {
         "ROWS": rows, "FEATURES": features, "PADDED": padded, "PAIRS_PER_ROW": top_k if gated else 1,
         "SORTED": in_groups, "GATED": gated,
-        "WGMMA": capability == 90 and tiles.tokens >= 16,  # Triton's choice, which sets the order within a thread
-        "INTERPRET": _INTERPRET,
+        "WGMMA": target.capability == 90 and tiles.tokens >= 16,  # Triton's choice, which sets the order within a thread
+        "INTERPRET": INTERPRET,
         "TOKENS": tiles.tokens, "WARPS": tiles.warps, "BLOCK_K": tiles.features if padded % tiles.features == 0 else 128,
     }  # fmt: skip
-
-
-@functools.cache
-def _device(index: int | None) -> tuple[int, int]:
-    """SM count and compute capability; an H200's under the interpreter."""
-    if index is None:
-        return 132, 90
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
 def _check(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, down: PackedExperts) -> None:
@@ -241,7 +229,7 @@ def moe_int4(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, dow
         return out.zero_()
     ids, shares = ids.contiguous(), shares.contiguous()
     experts, in_groups = gate_up.experts, uses_grouped(tokens, gate_up.experts, top_k)
-    sm_count, capability = _device(x.device.index if x.is_cuda else None)
+    target = chip(x.device)
     order, table, blocks = ids, ids, pairs  # ungrouped, a block is a pair
     if in_groups:
         order, table = group_by_expert(ids, experts, grouped_tiles(tokens, experts, top_k).tokens)
@@ -249,9 +237,7 @@ def moe_int4(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, dow
 
     def product(rows_in: Tensor, matrices: PackedExperts, rows_out: Tensor, gated: bool) -> None:
         rows, features = matrices.rows, matrices.features
-        tiles, constants = _plan(
-            tokens, experts, top_k, rows, features, gated=gated, sm_count=sm_count, capability=capability
-        )
+        tiles, constants = _plan(tokens, experts, top_k, rows, features, gated=gated, target=target)
         _experts_kernel[(blocks * triton.cdiv(rows, tiles.rows),)](
             rows_in, matrices.weight, matrices.scale.view(torch.int32), table, order, shares, rows_out,
             blocks, _BLOCKS_TOGETHER if in_groups else blocks,
@@ -264,7 +250,7 @@ def moe_int4(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, dow
     product(x, gate_up, hidden, True)
     product(hidden, down, partial, False)
     grid = (tokens, triton.cdiv(down.rows, _COMBINE_BLOCK))
-    _combine_kernel[grid](partial, out, WIDTH=down.rows, TOP_K=top_k, BLOCK=_COMBINE_BLOCK, INTERPRET=_INTERPRET)
+    _combine_kernel[grid](partial, out, WIDTH=down.rows, TOP_K=top_k, BLOCK=_COMBINE_BLOCK, INTERPRET=INTERPRET)
     return out
 
 
@@ -275,13 +261,12 @@ def _product_cases(tokens: int, experts: int, top_k: int, width: int, inner: int
     partial = "*bf16" if in_groups else "*fp32"
     cases = []
     for name, rows, features, out in (("gate_up", 2 * inner, width, "*bf16"), ("down", width, inner, partial)):
-        tiles, constants = _plan(
-            tokens, experts, top_k, rows, features, gated=name == "gate_up", sm_count=132, capability=capability
-        )
+        target = Chip(capability, HOPPER.sms)
+        tiles, constants = _plan(tokens, experts, top_k, rows, features, gated=name == "gate_up", target=target)
         signature = {**kinds, "p_shares": "*fp32", "p_out": out, "blocks": "i32", "together": "i32"}
         signature |= dict.fromkeys(constants, "constexpr")
         cases.append(CompileCase(name, _experts_kernel, signature, constants, tiles.warps, tiles.stages, not in_groups))
-    constants = {"WIDTH": width, "TOP_K": top_k, "BLOCK": _COMBINE_BLOCK, "INTERPRET": _INTERPRET}
+    constants = {"WIDTH": width, "TOP_K": top_k, "BLOCK": _COMBINE_BLOCK, "INTERPRET": INTERPRET}
     signature = {"p_partial": partial, "p_out": "*bf16", **dict.fromkeys(constants, "constexpr")}
     return [*cases, CompileCase("combine", _combine_kernel, signature, constants, 4, 3, not in_groups)]
 

@@ -17,31 +17,27 @@ What may keep it from the 35 µs on Hopper: Triton 3.6 gives both warp groups th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import CompileCase
-from thinkloop.kernels.int4_layout import cast
+from thinkloop.kernels.target import HOPPER, INTERPRET, cast, chip, dot
 from torch import Tensor
 
 PAGE = 64
 """Rows of a cache block, `engine.kv_cache.BLOCK`."""
 MAX_TOKENS = 8
 LOG2_E = 1.4426950408889634
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _LEAST_ROWS = 32
 """Least share of a split, so that 4,096 rows already reach 128 SMs. Not measured."""
 _PROGRAM_ROWS = 1024
 """What a program costs besides its share, in rows of the cache. By bytes 292 for K2 (64 for its queries, 228 for what it
 leaves and the merge reads); more here, as a graph made for the longest sequence mostly runs on shorter ones."""
 _MERGE_COLUMNS, _MERGE_SPLITS = 64, 32  # a tile of 8 KB: 512 programs at K2's batch 1, 5 loads in flight for 132 splits
-_SMS = 132  # where there is no device to ask: an H100's
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +73,6 @@ def kv_splits(batch: int, heads: int, tokens: int, max_length: int, sm_count: in
 
     most = -(-max_length // _LEAST_ROWS)
     return min((max(1, min(waves * sm_count // tiles, most)) for waves in (1, 2)), key=rows)
-
-
-@triton.jit
-def dot(b_a, b_b, INTERPRET: tl.constexpr):
-    """A product with float32 sums; Triton's interpreter gets those of bfloat16 wrong."""
-    if INTERPRET:
-        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32))
-    return tl.dot(b_a, b_b)
 
 
 @triton.jit(do_not_specialize=["pages"])
@@ -178,7 +166,7 @@ def mla_decode(
     """
     latent = _check(q, cache, table, lengths)
     batch, tokens, heads, width = q.shape
-    capability, sms = _device(q.device.index if q.device.type == "cuda" else None)
+    capability, sms = chip(q.device)
     if splits is None:
         splits = kv_splits(batch, heads, tokens, table.shape[1] * PAGE, sms)
     tiles, queries = decode_tiles(tokens * heads, capability), batch * tokens * heads
@@ -200,7 +188,7 @@ def mla_decode(
 def _constants(heads: int, tokens: int, latent: int, rope: int, splits: int, tiles: DecodeTiles) -> dict[str, Any]:
     return {
         "HEADS": heads, "TOKENS": tokens, "LATENT": latent, "ROPE": rope, "SPLITS": splits, "PAGE": PAGE,
-        "QUERIES": tiles.queries, "ROWS": tiles.rows, "LEAST": min(tiles.rows, _LEAST_ROWS), "INTERPRET": _INTERPRET,
+        "QUERIES": tiles.queries, "ROWS": tiles.rows, "LEAST": min(tiles.rows, _LEAST_ROWS), "INTERPRET": INTERPRET,
     }  # fmt: skip
 
 
@@ -212,17 +200,8 @@ def _merge_constants(latent: int, splits: int) -> dict[str, Any]:
     padded = triton.next_power_of_2(splits)
     return {
         "LATENT": latent, "SPLITS": splits, "PADDED": padded, "PART": min(padded, _MERGE_SPLITS),
-        "COLUMNS": _columns(latent), "INTERPRET": _INTERPRET,
+        "COLUMNS": _columns(latent), "INTERPRET": INTERPRET,
     }  # fmt: skip
-
-
-@cache
-def _device(index: int | None) -> tuple[int, int]:
-    """Compute capability and number of SMs."""
-    if index is None:
-        return 90, _SMS
-    about = torch.cuda.get_device_properties(index)
-    return 10 * about.major + about.minor, about.multi_processor_count
 
 
 def _check(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor) -> int:
@@ -249,7 +228,7 @@ def compile_cases(capability: int = 90) -> Iterator[CompileCase]:
     split, as long appends have it."""
     merged = {1}
     for (model, heads), tokens in ((m, t) for m in (("k2", 64), ("moonlight", 16)) for t in (1, 2, 4, 8)):
-        splits, tiles = kv_splits(1, heads, tokens, 1 << 18, _SMS), decode_tiles(heads * tokens, capability)
+        splits, tiles = kv_splits(1, heads, tokens, 1 << 18, HOPPER.sms), decode_tiles(heads * tokens, capability)
         merged.add(splits)
         constants = _constants(heads, tokens, 512, 64, splits, tiles)
         signature = {"p_q": "*bf16", "p_cache": "*bf16", "p_table": "*i32", "p_lengths": "*i32", "p_part": "*fp32",

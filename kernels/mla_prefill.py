@@ -13,7 +13,6 @@ level holds 50 MB: heads run in the grid's outer dimension, so that one head's 2
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +22,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import CompileCase
-from thinkloop.kernels.mla_decode import LOG2_E, MAX_TOKENS, dot, mla_decode
+from thinkloop.kernels.mla_decode import LOG2_E, MAX_TOKENS, mla_decode
+from thinkloop.kernels.target import INTERPRET, chip, dot
 from torch import Tensor
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 4096
 """Cache rows written out at once."""
 
@@ -48,14 +47,6 @@ def prefill_tiles(tokens: int, capability: int = 90) -> PrefillTiles:
     if tokens <= 64:
         return PrefillTiles(64, 64, num_warps=4, num_stages=2)
     return PrefillTiles(128, 128 if capability >= 90 else 64, num_warps=8, num_stages=2)
-
-
-def absorbs(tokens: int, latent: int, rope: int, nope: int, value: int) -> bool:
-    """Whether `tokens` new ones take fewer operations absorbed than with keys and values written out, at any prefix: K2's
-    and Moonlight's switch lies at 171. Not measured on a device yet."""
-    written_out = latent * (nope + value)  # a row and head
-    saved = (2 * latent + rope) - (nope + rope + value)  # a pair of query and key
-    return tokens * saved < written_out
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset"])
@@ -115,7 +106,7 @@ def attend(
     queries, heads, _ = q.shape
     out = torch.empty(queries, heads, value.shape[2], dtype=torch.float32, device=q.device)
     lse = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
-    tiles = prefill_tiles(queries, _capability(q.device))
+    tiles = prefill_tiles(queries, chip(q.device).capability)
     _prefill_kernel[(triton.cdiv(queries, tiles.queries), heads)](
         q, nope, rope, value, out, lse, scale * LOG2_E, queries, nope.shape[1],
         nope.shape[1] if causal_offset is None else causal_offset,
@@ -172,15 +163,8 @@ def mla_append(
 def _constants(heads: int, nope: int, rope: int, value: int, tiles: PrefillTiles) -> dict[str, Any]:
     return {
         "HEADS": heads, "NOPE": nope, "ROPE": rope, "VALUE": value, "QUERIES": tiles.queries, "KEYS": tiles.keys,
-        "INTERPRET": _INTERPRET,
+        "INTERPRET": INTERPRET,
     }  # fmt: skip
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _check(q: Tensor, nope: Tensor, rope: Tensor, value: Tensor) -> None:

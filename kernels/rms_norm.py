@@ -13,13 +13,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from thinkloop.kernels.compile_case import CompileCase
+from thinkloop.kernels.compile_case import POINTERS, CompileCase
 from torch import Tensor
 
 MAX_WIDTH = 32768
 """A row is held in registers whole."""
-
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor |
 
 
 def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> None:
-    if x.dim() != 2 or x.dtype not in _TYPES or x.stride(1) != 1:
+    if x.dim() != 2 or x.dtype not in POINTERS or x.stride(1) != 1:
         raise ValueError(f"`x` must be float [T, D] with adjacent columns, not {x.dtype} {x.shape}.")
     if not 1 <= x.shape[1] <= MAX_WIDTH:
         raise ValueError(f"`x` must have 1 to {MAX_WIDTH} columns, not {x.shape[1]}.")
@@ -110,6 +108,6 @@ def compile_cases() -> list[CompileCase]:
 def _case(name: str, width: int, *, residual: bool) -> CompileCase:
     tiles = norm_tiles(width)
     constexprs = {"WIDTH": width, "BLOCK": tiles.block} | ({} if residual else {"p_residual": None})
-    signature = dict.fromkeys(["p_x", "p_residual", "p_weight", "p_out"], _TYPES[torch.bfloat16])
+    signature = dict.fromkeys(["p_x", "p_residual", "p_weight", "p_out"], POINTERS[torch.bfloat16])
     signature |= {"s_x": "i32", "s_residual": "i32", "eps": "fp32"} | dict.fromkeys(constexprs, "constexpr")
     return CompileCase(name, _rms_norm_kernel, signature, constexprs, tiles.num_warps, num_stages=1, decode=True)

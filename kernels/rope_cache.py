@@ -13,14 +13,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from thinkloop.kernels.compile_case import CompileCase
+from thinkloop.kernels.compile_case import POINTERS, CompileCase
 from thinkloop.kernels.rms_norm import normed
 from torch import Tensor
 
 MAX_LATENT = 8192
 """A latent is held in registers whole."""
-
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,7 @@ def _check(
     if table.dim() != 3 or table.dtype != torch.float32 or table.shape[2] != 2 or not table[:1].is_contiguous():
         raise ValueError(f"`table` must be complex64 [P, R/2] or float32 [P, R/2, 2], not {table.dtype} {table.shape}.")
     rotated = 2 * table.shape[1]
-    if q.dim() != 3 or q.dtype not in _TYPES or q.shape[2] < rotated or q.stride(2) != 1:
+    if q.dim() != 3 or q.dtype not in POINTERS or q.shape[2] < rotated or q.stride(2) != 1:
         raise ValueError(f"`q` must be float [T, H, N+{rotated}] with adjacent channels, not {q.dtype} {q.shape}.")
     tokens = q.shape[0]
     if row.dim() != 2 or row.shape[0] != tokens or row.dtype != q.dtype or row.stride(1) != 1:
@@ -152,8 +150,8 @@ def _case(name: str, heads: int) -> CompileCase:
         "HEADS": heads, "NOPE": nope, "LATENT": latent, "ROTATED": rotated, "BLOCK_HEADS": tiles.heads,
         "BLOCK_LATENT": tiles.latent, "BLOCK_ROTATED": tiles.rotated,
     }  # fmt: skip
-    signature = dict.fromkeys(["p_q", "p_row", "p_norm"], _TYPES[torch.bfloat16])
-    signature |= {"p_table": "*fp32", "p_positions": "*i64", "p_slots": "*i64", "p_cache": _TYPES[torch.bfloat16]}
+    signature = dict.fromkeys(["p_q", "p_row", "p_norm"], POINTERS[torch.bfloat16])
+    signature |= {"p_table": "*fp32", "p_positions": "*i64", "p_slots": "*i64", "p_cache": POINTERS[torch.bfloat16]}
     signature |= dict.fromkeys(["s_q_token", "s_q_head", "s_row", "s_table", "s_cache"], "i32") | {"eps": "fp32"}
     signature |= dict.fromkeys(constexprs, "constexpr")
     return CompileCase(name, _rope_and_store_kernel, signature, constexprs, tiles.num_warps, num_stages=1, decode=True)

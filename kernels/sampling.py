@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from thinkloop.kernels.compile_case import CompileCase
+from thinkloop.kernels.compile_case import POINTERS, CompileCase
 from thinkloop.kernels.router import order_key
 from thinkloop.kernels.sampling_threshold import (
     MAX_VOCAB,
@@ -31,16 +31,7 @@ from thinkloop.kernels.sampling_threshold import (
 from torch import Tensor
 
 _WARPS = 8
-_TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-
-
-def on_device(
-    *, vocab_size: int, presence_penalty: float, frequency_penalty: float, repetition_penalty: float, biased: bool
-) -> bool:
-    """Whether `sample` does all that is asked: everything but penalties and `logit_bias` (`biased`), which need the
-    logits adjusted by what was said before, and vocabularies above 262,144. Banned tokens and grammars are masks."""
-    penalised = presence_penalty != 0 or frequency_penalty != 0 or repetition_penalty != 1
-    return vocab_size <= MAX_VOCAB and not penalised and not biased
+_TYPES = (torch.bfloat16, torch.float32)
 
 
 @triton.jit
@@ -197,13 +188,15 @@ def compile_cases() -> list[CompileCase]:
 def _case(kernel: Any, logits: torch.dtype, every: bool) -> CompileCase:
     tiles, optional = sampling_tiles(163840), ("p_allowed", "p_min_p", "p_threshold")
     types = {
-        "p_logits": _TYPES[logits], "p_allowed": "*u8", "p_temperature": "*fp32", "p_min_p": "*fp32",
+        "p_logits": POINTERS[logits], "p_allowed": "*u8", "p_temperature": "*fp32", "p_min_p": "*fp32",
         "p_uniform": "*fp64", "s_logits": "i32",
     }  # fmt: skip
     values: dict[str, Any] = {"VOCAB": 163840, "TILE": tiles.width, "TILES": tiles.count, "BLOCK_TILES": tiles.block}
     values |= {} if every else dict.fromkeys(optional)
     signature = {name: "constexpr" if name in values else types.get(name, "*i64") for name in kernel.arg_names}
     constexprs = {name: value for name, value in values.items() if name in signature}
-    name = f"sampling{kernel.__name__.removesuffix('_kernel')}-{_TYPES[logits][1:]}-{'every' if every else 'no'}_filter"
+    name = (
+        f"sampling{kernel.__name__.removesuffix('_kernel')}-{POINTERS[logits][1:]}-{'every' if every else 'no'}_filter"
+    )
     warps = 1 if kernel is _argmax_kernel else _WARPS
     return CompileCase(name, kernel, signature, constexprs, warps, num_stages=1, decode=True)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from thinkloop.kernels.compile_case import CompileCase
+from thinkloop.kernels.compile_case import POINTERS, CompileCase
 from thinkloop.kernels.router import key_value, order_key
 from torch import Tensor
 
@@ -32,7 +32,6 @@ KEY_BITS = 4
 _ONE = tl.constexpr(2.0**44)
 _NEVER = tl.constexpr(2**62)
 _WARPS = 16  # 2 values a thread by 16 thresholds: 64 registers on sm_90, where 4 warps spill
-_TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +184,10 @@ def _search_case(logits: torch.dtype, mass: bool) -> CompileCase:
         "STEPS": search_steps(logits), "BITS": KEY_BITS,
     }  # fmt: skip
     signature = {
-        "p_logits": _TYPES[logits], "p_allowed": "*u8", "p_best": "*i64", "p_temperature": "*fp32",
+        "p_logits": POINTERS[logits], "p_allowed": "*u8", "p_best": "*i64", "p_temperature": "*fp32",
         "p_wanted": "*fp32" if mass else "*i32", "p_floor": "*i64", "p_sums": "*i64", "s_logits": "i32", "step": "i32",
     } | dict.fromkeys(constexprs, "constexpr")  # fmt: skip
-    name = f"sampling-search-{'top_p' if mass else 'top_k'}-{_TYPES[logits][1:]}"
+    name = f"sampling-search-{'top_p' if mass else 'top_k'}-{POINTERS[logits][1:]}"
     return CompileCase(name, _search_kernel, signature, constexprs, _WARPS, num_stages=1, decode=True)
 
 
@@ -196,5 +195,5 @@ def _threshold_case(logits: torch.dtype, mass: bool) -> CompileCase:
     constexprs = {"MASS": mass, "STEPS": search_steps(logits), "BITS": KEY_BITS}
     signature = {"p_sums": "*i64", "p_wanted": "*fp32" if mass else "*i32", "p_threshold": "*i64"}
     signature |= dict.fromkeys(constexprs, "constexpr")
-    name = f"sampling-threshold-{'top_p' if mass else 'top_k'}-{_TYPES[logits][1:]}"
+    name = f"sampling-threshold-{'top_p' if mass else 'top_k'}-{POINTERS[logits][1:]}"
     return CompileCase(name, _threshold_kernel, signature, constexprs, num_warps=1, num_stages=1, decode=True)

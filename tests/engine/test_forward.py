@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import INT4, K2_YARN, config_json, dequantised, mini_config_json, random_tensors, write_checkpoint
+from published import PUBLISHED
 from thinkloop.engine.config import ModelConfig
 from thinkloop.engine.engine import Engine
 from thinkloop.engine.kv_cache import LatentCache
+from thinkloop.engine.mla_choice import expanded_is_cheaper
 from thinkloop.engine.model import Segment
+from thinkloop.engine.weights import Experts
 from torch import Tensor
 from transformers_models import reference_logits
 
@@ -117,12 +120,19 @@ def test_prefill_chunks_of_a_long_text_equal_one_pass(tmp_path: Path) -> None:
         assert relative_error(engine.logits(ids), fed(engine, ids, [700])) < 1e-5
 
 
+def test_the_form_of_attention_with_fewer_operations_is_known() -> None:
+    k2 = ModelConfig.from_json(PUBLISHED["k2_thinking"])
+    assert not expanded_is_cheaper(k2, 170, 1 << 18)
+    assert expanded_is_cheaper(k2, 171, 1 << 18)
+
+
 def test_experts_stay_packed_in_memory(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", mini_config_json())
     with Engine.load(folder, dtype="float32") as engine:
         for layer in engine.model.weights.layers[1:]:
-            planes = layer.mlp.planes  # type: ignore[union-attr]  # layers from 1 on have experts
-            assert planes is not None
-            for matrix in planes:
+            experts = layer.mlp
+            assert isinstance(experts, Experts)
+            for matrix in (experts.gate_up.planes, experts.down.planes):
+                assert matrix is not None
                 bits = 8 * (matrix.weight.nbytes + matrix.scale.nbytes) / (2 * matrix.weight.numel())
                 assert bits == 5.0

@@ -10,7 +10,7 @@ import torch
 from thinkloop.engine.device_sampler import DeviceDraw
 from thinkloop.engine.params import Sampling, SamplingError
 from thinkloop.engine.sampler import LARGEST_ON_DEVICE, Sampler, uniform
-from thinkloop.kernels.sampling import argmax, on_device, sample
+from thinkloop.kernels.sampling import argmax, sample
 from thinkloop.kernels.sampling_threshold import MAX_VOCAB, sampling_tiles, search_steps
 from torch import Tensor
 
@@ -207,16 +207,6 @@ def test_what_does_not_fit_is_named(name: str, change: dict[str, Any]) -> None:
     } | change  # fmt: skip
     with pytest.raises(ValueError, match=f"`{name}`"):
         sample(**arguments)  # type: ignore[arg-type]  # the point
-
-
-def test_penalties_and_biases_stay_on_the_cpu() -> None:
-    plain: dict[str, Any] = {
-        "vocab_size": 163840, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "biased": False
-    }  # fmt: skip
-    assert on_device(**plain)
-    for change in [{"presence_penalty": 0.1}, {"frequency_penalty": -0.1}, {"repetition_penalty": 1.1}, {"biased": True},
-                   {"vocab_size": MAX_VOCAB + 1}]:  # fmt: skip
-        assert not on_device(**(plain | change))
 
 
 @pytest.mark.parametrize("vocab", [1, 1024, 1025, 163840, MAX_VOCAB])
