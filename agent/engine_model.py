@@ -109,7 +109,7 @@ class EngineModel:
             raise
 
     def _prepare_grammar(self) -> None:
-        """Now rather than in the first turn: 0.8 s for a vocabulary of 163,840."""
+        """Now rather than in the first turn: 0.5 s for a vocabulary of 163,840."""
         if self._constrained:
             from thinkloop.engine.vocabulary import vocabulary
 

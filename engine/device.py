@@ -106,6 +106,17 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     return "triton" if device.type == "cuda" and dtype == torch.bfloat16 else "torch"
 
 
+def check_kernels(config: ModelConfig) -> None:
+    """Raises `EngineError` for sizes that the kernels don't take: those of every published model they do."""
+    names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    for name in names:
+        size = getattr(config, name)
+        if size < 16 or size & (size - 1):
+            raise EngineError(f"`{name}` is {size}; on 'cuda' it must be a power of two, at least 16. Use 'cpu'.")
+    if config.qk_rope_head_dim > config.kv_lora_rank:
+        raise EngineError(f"`qk_rope_head_dim` is above `kv_lora_rank` ({config.kv_lora_rank}). Use 'cpu'.")
+
+
 def narrowed(config: ModelConfig, context: int | None) -> ModelConfig:
     """The model with a window of `context` tokens. Raises `EngineError` when it has no such window."""
     if context is None:

@@ -20,13 +20,14 @@ from thinkloop.engine.device import (
     Dtype,
     EngineError,
     cache_size,
+    check_kernels,
     choose_backend,
     choose_dtype,
     find_device,
     narrowed,
 )
 from thinkloop.engine.drafts import Confidence, Drafter
-from thinkloop.engine.footprint import resident_bytes
+from thinkloop.engine.footprint import cache_bytes, resident_bytes
 from thinkloop.engine.kv_cache import BlockPool, LatentCache
 from thinkloop.engine.model import Segment, Transformer
 from thinkloop.engine.params import Sampling
@@ -95,7 +96,9 @@ class Engine:
         if chunk < 1:
             raise EngineError(f"`prefill_chunk` is {chunk}; it must be a number of tokens, at least 1.")
         checkpoint, backend = Checkpoint(folder, checkpoint_config), choose_backend(where, kind)
-        pool = BlockPool(config, tokens, kind, where)
+        if backend == "triton":
+            check_kernels(config)
+        pool = _pool(config, tokens, kind, where)
         network = _in_another_thread(
             lambda: Transformer(config, load_weights(checkpoint, kind, where, backend=backend, progress=progress))
         )
@@ -162,6 +165,17 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _pool(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> BlockPool:
+    try:
+        return BlockPool(config, tokens, dtype, device)
+    except RuntimeError as error:  # what torch's allocators raise
+        size = tokens * cache_bytes(config, dtype) / 1e9
+        raise EngineError(
+            f"There is no memory for a KV cache of {tokens:,} tokens, {size:,.1f} GB. Ask for less: a smaller `context`"
+            " (--context) or `cache_tokens`."
+        ) from error
 
 
 def _in_another_thread(work: Callable[[], T]) -> T:

@@ -134,6 +134,8 @@ class LatentCache:
         self.blocks: list[int] = []
         self._runs: list[list[int]] = []  # [first block, how many follow each other]
         self._digests: list[bytes] = []
+        self._private = False
+        """Rows came from outside: nobody can tell whether they belong to the tokens, so no other sequence finds them."""
 
     def __del__(self) -> None:
         if self.blocks:
@@ -201,11 +203,12 @@ class LatentCache:
         self.length = min(self.length, length)
         self._cut(-(-self.length // BLOCK))
         del self._digests[self.length // BLOCK :]
+        self._private = self._private and self.length > 0
 
     def fork(self) -> LatentCache:
         """Another sequence with the same rows: shares every block, copies none."""
         twin = LatentCache(self.pool)
-        twin.length, twin._digests = self.length, list(self._digests)
+        twin.length, twin._digests, twin._private = self.length, list(self._digests), self._private
         for block in self.blocks[: -(-self.length // BLOCK)]:
             self.pool.hold(block)
             twin._push(block)
@@ -217,7 +220,10 @@ class LatentCache:
         return len(self._digests) * BLOCK
 
     def publish(self, tokens: Sequence[int]) -> None:
-        """Lets other sequences find the full blocks among the valid rows from `published` on; `tokens` are theirs."""
+        """Lets other sequences find the full blocks among the valid rows from `published` on; `tokens` are theirs. Not after
+        `restore`."""
+        if self._private:
+            return
         first = self.published
         for at in range(0, min(self.length - first, len(tokens)) // BLOCK * BLOCK, BLOCK):
             digest = self._chained(tokens[at : at + BLOCK])
@@ -254,23 +260,24 @@ class LatentCache:
         return torch.cat(parts, dim=1) if parts else self.pool.rows[:, :0]
 
     def restore(self, rows: Tensor) -> None:
-        """Takes over `rows [layers, n, width]` as its whole content. Raises `CacheFull`."""
+        """Takes over `rows [layers, n, width]` as its whole content, which other sequences won't find. Raises `CacheFull`."""
         self.release()
         self.reserve(rows.shape[1])
         at = 0
         for start, stop in self.spans(rows.shape[1]):
             self.pool.rows[:, start:stop] = rows[:, at : at + stop - start]
             at += stop - start
-        self.length = rows.shape[1]
+        self.length, self._private = rows.shape[1], rows.shape[1] > 0
 
     def take_over(self, other: LatentCache) -> None:
         """Becomes the holder of `other`'s blocks instead of its own; `other` is empty then."""
         self.release()
         self.length, self.blocks, self._runs, self._digests = other.length, other.blocks, other._runs, other._digests
-        other.length, other.blocks, other._runs, other._digests = 0, [], [], []
+        self._private = other._private
+        other.length, other.blocks, other._runs, other._digests, other._private = 0, [], [], [], False
 
     def release(self) -> None:
         """Gives its blocks back."""
-        self.length = 0
+        self.length, self._private = 0, False
         self._cut(0)
         self._digests.clear()

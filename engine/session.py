@@ -206,7 +206,8 @@ class Session:
 
     async def load(self, path: str | Path) -> None:
         """Takes over a saved session's state. Raises `SnapshotError` when it is damaged or another model's, and
-        `CacheFull`; the session stays as it was then. `Snapshot.tokens_of(path)` gives the tokens alone, from which any
+        `CacheFull`; the session stays as it was then. Whether rows belong to their tokens can't be checked: other sessions
+        never share them. `Snapshot.tokens_of(path)` gives the tokens alone, from which any
         engine can build the state again."""
         self._check_free()
         self._moving = True

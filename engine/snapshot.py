@@ -60,6 +60,7 @@ class Snapshot(NamedTuple):
             f"{len(tokens):,} tokens don't fit the window of {most:,}" if most < len(tokens) else "",
             "a token is outside the vocabulary" if any(not 0 <= token < config.vocab_size for token in tokens) else "",
             "" if _fits(rows, config, dtype, most) else f"rows are {rows.dtype} {list(rows.shape)}",
+            "" if bool(rows.isfinite().all()) else "rows hold what is no number",
         ]
         if found := next(filter(None, wrong), None):
             raise SnapshotError(f"{path} is damaged: {found}. Save the session again.")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from thinkloop.engine.config import ModelConfig
-from thinkloop.engine.device import Backend
+from thinkloop.engine.device import Backend, EngineError
 from thinkloop.engine.linear import can_pack, pack, project
 from thinkloop.kernels.int4 import (
     Planes,
@@ -134,6 +134,16 @@ def load_weights(
     Beyond the model itself this keeps one tensor of the checkpoint resident, and scratch of a few times one expert.
     """
     return _Loader(checkpoint, dtype, device, backend, progress).model()
+
+
+def _published_scales(packed: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """As they come; the kernels keep scales as they are published, and don't round others. Raises `EngineError`."""
+    for weight, scale in packed:
+        if scale.dtype != torch.bfloat16:
+            raise EngineError(
+                f"INT4 scales are {scale.dtype}; on 'cuda' they must be bfloat16, as published. Use 'cpu'."
+            )
+        yield weight, scale
 
 
 class _Loader:
@@ -274,7 +284,9 @@ class _Loader:
     def for_kernels(self, packed: Iterator[tuple[Tensor, Tensor]], rows: int, features: int) -> Routed:
         from thinkloop.kernels.int4_layout import PackedExperts, pack_experts
 
-        weight, scale = self.stacked((one.weight, one.scale) for one in starmap(pack_experts, packed))
+        weight, scale = self.stacked(
+            (one.weight, one.scale) for one in starmap(pack_experts, _published_scales(packed))
+        )
         return Routed(packed=PackedExperts(weight, scale, rows, features))
 
     def whole(self, prefix: str, names: tuple[str, ...], features: int, rows: int) -> list[Tensor] | Tensor:

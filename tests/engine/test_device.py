@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from checkpoints import mini_config_json, write_checkpoint
+from checkpoints import mini_config_json, random_tensors, write_checkpoint
 from published import PUBLISHED
+from thinkloop.engine.checkpoint import Checkpoint
 from thinkloop.engine.config import ModelConfig
 from thinkloop.engine.device import (
     EngineError,
     check_cuda,
+    check_kernels,
     choose_backend,
     find_device,
     narrowed,
     plan_memory,
 )
 from thinkloop.engine.engine import Engine
+from thinkloop.engine.weights import load_weights
 
 BF16 = torch.bfloat16
 GB = 10**9
@@ -63,6 +69,34 @@ def test_a_session_keeps_to_the_context_it_was_given(tmp_path_factory: pytest.Te
     with Engine.load(folder) as whole, Engine.load(folder, context=40) as narrow:
         assert narrow.session().window == 40
         assert narrow.describe()["weights"] == whole.describe()["weights"]
+
+
+def test_sizes_that_the_kernels_dont_take_are_named() -> None:
+    check_kernels(K2)
+    check_kernels(MOONLIGHT)
+    for changes, name in (
+        ({"kv_lora_rank": 48}, "kv_lora_rank"), ({"qk_rope_head_dim": 8}, "qk_rope_head_dim"), ({"v_head_dim": 24}, "v_head_dim"),
+        ({"kv_lora_rank": 32}, "qk_rope_head_dim"),
+    ):  # fmt: skip
+        with pytest.raises(EngineError, match=f"`{name}` is"):
+            check_kernels(replace(K2, **changes))
+
+
+def test_int4_scales_of_another_type_are_refused_for_the_kernels(tmp_path: Path) -> None:
+    config = ModelConfig.from_json(mini_config_json())
+    tensors = {
+        name: tensor.float() if name.endswith("weight_scale") else tensor
+        for name, tensor in random_tensors(config, dtype=BF16).items()
+    }
+    folder = write_checkpoint(tmp_path / "m", mini_config_json(), tensors)
+    with pytest.raises(EngineError, match=r"scales are torch\.float32"):
+        load_weights(Checkpoint(folder, config), BF16, torch.device("cpu"), backend="triton")
+
+
+def test_a_cache_that_no_memory_holds_is_a_clear_error(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", mini_config_json())
+    with pytest.raises(EngineError, match=r"no memory for a KV cache of 10,000,000,000,000 tokens.*cache_tokens"):
+        Engine.load(folder, cache_tokens=10**13)
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,7 @@ SAVED_WRONG: dict[str, tuple[dict[str, Tensor], str, str]] = {
     "flat rows": ({"rows": torch.zeros(5)}, "5", "rows are"),
     "no rows' shape": ({"rows": torch.tensor(0.0)}, "5", "rows are"),
     "whole rows": ({"rows": torch.zeros(5, 3, 160, dtype=torch.int64)}, "5", "rows are torch.int64"),
+    "rows that are no numbers": ({"rows": torch.full((5, 3, 160), float("nan"))}, "5", "no number"),
     "more rows than tokens": ({"rows": torch.zeros(5, 900, 160)}, "5", "rows are"),
     "a negative position": ({}, "-5", "rng_position"),
     "an endless position": ({}, "9" * 5000, "rng_position"),
@@ -315,6 +316,33 @@ async def test_a_saved_session_that_no_session_can_be_is_refused(engine: Engine,
         await session.load(path)
     assert session.tokens == PROMPT
     assert await take(session, 3) == await take(await begun(engine), 3)
+
+
+async def test_rows_from_a_file_are_never_shared_with_other_sessions(folder: Path, tmp_path: Path) -> None:
+    prompt, path = [(7 * index) % 3000 for index in range(150)], tmp_path / "s.safetensors"
+    with Engine.load(folder) as engine:
+        session = await begun(engine, ids=prompt)
+        await session.save(path)
+        expected = await take(session, 6)
+    with safe_open(str(path), framework="pt") as file:
+        metadata, tokens, rows = file.metadata(), file.get_tensor("tokens"), file.get_tensor("rows")
+    save_file({"tokens": tokens, "rows": torch.randn_like(rows)}, path, metadata=metadata)
+    with Engine.load(folder) as engine:
+        loaded = engine.session(GREEDY)
+        await loaded.load(path)
+        twin = loaded.fork()
+        await loaded.append([5])
+        await twin.append([6] * 70)
+        loaded.close()
+        twin.close()
+        other = await begun(engine, ids=prompt)
+        assert other.reused_tokens == 0
+        assert await take(other, 6) == expected
+        loaded = engine.session(GREEDY)
+        await loaded.load(path)
+        loaded.truncate(0)
+        await loaded.append(prompt)  # computed here, so as good as anyone's
+        assert await take(loaded, 6) == expected
 
 
 async def test_the_tokens_of_any_models_session_can_be_had(engine: Engine, tmp_path: Path) -> None:
