@@ -10,7 +10,7 @@ ROOMS := kernels traces engine tools agent
 run: $(VENV)/installed bubblewrap
 	@$(BIN)/thinkloop run $${TASK:+"$$TASK"}
 
-test: $(VENV)/dev bubblewrap lint types
+test: $(VENV)/dev bubblewrap chromium lint types
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 lint: $(VENV)/dev
@@ -39,6 +39,10 @@ $(VENV)/dev: $(VENV)/installed
 .PHONY: bubblewrap
 bubblewrap:
 	@command -v bwrap >/dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq bubblewrap; }
+
+.PHONY: chromium
+chromium:
+	@command -v chromium >/dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -12,11 +12,13 @@ from typing import Any, Literal, Self
 
 import anyio
 import anyio.to_thread
+from thinkloop.agent.citations import Citation
 from thinkloop.agent.context import Context
 from thinkloop.agent.limits import Limits
 from thinkloop.agent.loop import Listener, Loop
 from thinkloop.agent.model import Model
 from thinkloop.agent.named import Device, Local, Progress, is_url, open_model
+from thinkloop.agent.results import with_paging
 from thinkloop.agent.stream import EventStream
 from thinkloop.engine.params import Sampling
 from thinkloop.tools.tool import Tool, Toolset, declaration
@@ -25,6 +27,8 @@ from thinkloop.traces.writer import TraceWriter
 
 SYSTEM = "You are a research agent. Think, call tools, read the results, and answer with what they show."
 """The system prompt of a model that doesn't bring its own."""
+CITING = " Cite the lines that show it, as [id:L12-L15]."
+"""What it adds where documents can be opened."""
 TRACES = "runs"
 """Folder under the current directory that traces go to unless told otherwise."""
 
@@ -32,13 +36,14 @@ TRACES = "runs"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """How a run ended. `usage` sums over all turns; `trace` is the trace's folder, None when none was written;
-    `error` is what went wrong when `reason` is `error`."""
+    `citations` says which of the answer's citations hold; `error` is what went wrong when `reason` is `error`."""
 
     answer: str
     reason: EndReason
     steps: int
     usage: Usage
     sources: list[str] = field(default_factory=list)
+    citations: list[Citation] = field(default_factory=list)
     seconds: float = 0.0
     trace: Path | None = None
     error: str = ""
@@ -136,18 +141,19 @@ class Agent:
         task = _checked_task(task)
         model = await self._ready_model()
         async with AsyncExitStack() as stack:
-            tools = await _ready_tools(self._tools, stack)
+            tools = with_paging(await _ready_tools(self._tools, stack), model.count_tokens)
             start = self._started(task, model, tools)
             context = Context(model, start.system, task, start.tools)
             writer = stack.enter_context(self._writer(start.run_id)) if self._trace is not False else None
             loop = Loop(
-                start, model, context, tools, self._limits, listener=listener, journal=writer,
+                start, model, context, tools, self._limits, listener=listener, journal=writer, notes=_notes(self._tools),
                 response_format=self._response_format, forbid_repeats=self._forbid_repeats,
             )  # fmt: skip
             end = await loop.run()
         return Result(
             answer=end.answer, reason=end.reason, steps=end.steps, usage=Usage(**end.usage), sources=end.sources,
-            seconds=end.seconds, trace=writer.folder if writer else None, error=loop.error,
+            citations=loop.citations(end.answer), seconds=end.seconds, trace=writer.folder if writer else None,
+            error=loop.error,
         )  # fmt: skip
 
     async def _ready_model(self) -> Model:
@@ -157,9 +163,10 @@ class Agent:
             return self._model
 
     def _started(self, task: str, model: Model, tools: Mapping[str, Tool]) -> RunStarted:
-        own: str | None = getattr(model, "system", None)
+        own: str | None = self._system if self._system is not None else getattr(model, "system", None)
+        system = own if own is not None else SYSTEM + (CITING if "open" in tools else "")
         return RunStarted(
-            run_id=uuid.uuid4().hex[:12], task=task, system=self._system if self._system is not None else own or SYSTEM,
+            run_id=uuid.uuid4().hex[:12], task=task, system=system,
             model=model.describe(), tools=[declaration(tool) for tool in tools.values()], limits=self._limits.to_json(),
             sampling=self._sampling.to_json(), version=_version(),
         )  # fmt: skip
@@ -225,6 +232,11 @@ async def _ready_tools(given: Sequence[Tool | Toolset], stack: AsyncExitStack) -
             _check_usable(tool, tools)
             tools[tool.name] = tool
     return tools
+
+
+def _notes(given: Sequence[Tool | Toolset]) -> list[str]:
+    """What toolsets have to tell the person before the run: an attribute `notes`, where there is one."""
+    return [str(note) for entry in given for note in getattr(entry, "notes", ())]
 
 
 def _check_usable(tool: Tool, others: Mapping[str, Tool]) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from thinkloop.agent import tool_options as opt
+from thinkloop.agent.tool_options import option
 from thinkloop.traces.events import ThinkloopError
 from typer.core import TyperGroup
 
@@ -76,12 +78,6 @@ def thinkloop(
         ctx.default_map = {"run": read_settings(RUN_OPTIONS)}
 
 
-def _option(name: str, text: str, **more: Any) -> Any:
-    """An option that can also come from `THINKLOOP_<NAME>`."""
-    variable = name.partition("/")[0].upper().replace("-", "_")
-    return typer.Option(f"--{name}", envvar=f"THINKLOOP_{variable}", help=text, **more)
-
-
 @app.command()
 def run(
     ctx: typer.Context,
@@ -92,36 +88,41 @@ def run(
         ),
     ] = None,
     model: Annotated[
-        str, _option("model", '"mini", a checkpoint folder, or the URL of an OpenAI-compatible server.')
+        str, option("model", '"mini", a checkpoint folder, or the URL of an OpenAI-compatible server.')
     ] = "mini",
-    model_name: Annotated[str | None, _option("model-name", "The model's name on the server.")] = None,
-    tools: Annotated[str, _option("tools", 'Which tools, comma-separated; "none" for none.')] = "search,open,python",
-    corpus: Annotated[
-        Path | None, _option("corpus", "Folder of texts for search and open.", show_default="the sample world")
-    ] = None,
-    max_steps: Annotated[int, _option("max-steps", "Most model turns.", min=1)] = 300,
-    max_thinking: Annotated[int | None, _option("max-thinking", "Most thinking tokens a step.", min=1)] = None,
+    model_name: Annotated[str | None, option("model-name", "The model's name on the server.")] = None,
+    tools: opt.Tools = "search,open,python",
+    corpus: opt.CorpusFolders = None,
+    web: opt.Web = None,
+    pages: opt.PagesBy = None,
+    file: opt.Files = None,
+    keep: opt.Keep = None,
+    allow_host: opt.AllowHost = None,
+    unsafe_python: opt.UnsafePython = False,
+    mcp: opt.Servers = None,
+    max_steps: Annotated[int, option("max-steps", "Most model turns.", min=1)] = 300,
+    max_thinking: Annotated[int | None, option("max-thinking", "Most thinking tokens a step.", min=1)] = None,
     thinking_budget: Annotated[
-        int | None, _option("thinking-budget", "Most thinking tokens over the run.", min=1)
+        int | None, option("thinking-budget", "Most thinking tokens over the run.", min=1)
     ] = None,
-    max_tokens: Annotated[int | None, _option("max-tokens", "Most tokens written over the run.", min=1)] = None,
-    time_limit: Annotated[float | None, _option("time-limit", "Seconds for the run.", min=0.001)] = None,
+    max_tokens: Annotated[int | None, option("max-tokens", "Most tokens written over the run.", min=1)] = None,
+    time_limit: Annotated[float | None, option("time-limit", "Seconds for the run.", min=0.001)] = None,
     seed: Annotated[
-        int | None, _option("seed", "Seed of the sampling.", min=0, show_default="0, a server's own")
+        int | None, option("seed", "Seed of the sampling.", min=0, show_default="0, a server's own")
     ] = None,
     temperature: Annotated[
-        float | None, _option("temperature", "0 is greedy.", min=0.0, show_default="the model's own")
+        float | None, option("temperature", "0 is greedy.", min=0.0, show_default="the model's own")
     ] = None,
-    device: Annotated[Literal["cpu", "cuda"], _option("device", "Where a model in this process runs.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], option("device", "Where a model in this process runs.")] = "cpu",
     context: Annotated[
-        int | None, _option("context", "Most tokens of its window.", min=1, show_default="the model's own")
+        int | None, option("context", "Most tokens of its window.", min=1, show_default="the model's own")
     ] = None,
     grammar: Annotated[
-        bool, _option("grammar/--no-grammar", "Write calls under a grammar (needs the grammar extra).")
+        bool, option("grammar/--no-grammar", "Write calls under a grammar (needs the grammar extra).")
     ] = True,
-    trace: Annotated[Path | None, _option("trace", "New folder for the record.", show_default="under runs/")] = None,
-    json: Annotated[bool, _option("json", "Print events as JSON lines.")] = False,
-    quiet: Annotated[bool, _option("quiet", "Print the answer alone.")] = False,
+    trace: Annotated[Path | None, option("trace", "New folder for the record.", show_default="under runs/")] = None,
+    json: Annotated[bool, option("json", "Print events as JSON lines.")] = False,
+    quiet: Annotated[bool, option("quiet", "Print the answer alone.")] = False,
     debug: Debug = False,
 ) -> None:
     """Let the model work on a task until it has an answer, or a limit makes it give one.
@@ -130,11 +131,18 @@ def run(
     the environment, the environment over the file. Exit codes: 0 answered, 1 error, 2 usage, 130 interrupted.
     """
     from thinkloop.agent.run_command import Request, execute
+    from thinkloop.agent.settings import read_servers
+    from thinkloop.agent.toolsets import ToolRequest
 
     if json and quiet:
         raise typer.BadParameter("--json and --quiet exclude each other")
+    offered = ToolRequest(
+        tools=opt.names(tools), corpus=tuple(corpus or ()), web=opt.listed(web), pages=pages, files=tuple(file or ()),
+        keep=keep, allow_hosts=tuple(allow_host or ()), unsafe_python=unsafe_python, servers=tuple(mcp or ()),
+        server_tables=read_servers(),
+    )  # fmt: skip
     request = Request(
-        task=task, model=model, model_name=model_name, tools=_tool_names(tools), corpus=corpus, max_steps=max_steps,
+        task=task, model=model, model_name=model_name, tools=offered, max_steps=max_steps,
         max_thinking=max_thinking, thinking_budget=thinking_budget, max_tokens=max_tokens,
         time_limit=time_limit, seed=seed, temperature=temperature, device=device, context=context,
         grammar=grammar, trace=trace, output="json" if json else "quiet" if quiet else "screen",
@@ -143,21 +151,10 @@ def run(
 
 
 RUN_OPTIONS = frozenset({
-    "model", "model_name", "tools", "corpus", "max_steps", "max_thinking", "thinking_budget", "max_tokens", "time_limit", "seed",
+    "model", "model_name", "tools", "corpus", "web", "pages", "file", "keep", "allow_host", "max_steps",
+    "max_thinking", "thinking_budget", "max_tokens", "time_limit", "seed",
     "temperature", "device", "context", "grammar", "trace", "json", "quiet", "debug",
 })  # fmt: skip
-TOOLS = ("search", "open", "python")
-
-
-def _tool_names(given: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
-    if names == ("none",):
-        return ()
-    if unknown := [name for name in names if name not in TOOLS]:
-        raise typer.BadParameter(
-            f"there is no tool {unknown[0]!r}; there are {', '.join(TOOLS)} (or none)", param_hint="--tools"
-        )
-    return names
 
 
 @app.command()
@@ -202,6 +199,18 @@ def trace_show(
     show_trace(trace, step)
 
 
+@trace_app.command("files")
+def trace_files(
+    trace: TraceArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write them to.")] = Path("files"),
+    debug: Debug = False,
+) -> None:
+    """Write out the files that came with results: figures, screenshots, pages, what python wrote."""
+    from thinkloop.agent.output import save_files
+
+    save_files(trace, to)
+
+
 @trace_app.command("ls")
 def trace_ls(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that holds traces.")] = Path("runs"),
@@ -211,6 +220,46 @@ def trace_ls(
     from thinkloop.agent.output import list_traces
 
     list_traces(folder)
+
+
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of texts.")],
+    debug: Debug = False,
+) -> None:
+    """Read a folder of texts into its search index, so that a later `run --corpus DIR` starts at once.
+
+    Only files that are new or changed are read again. A run does the same by itself.
+    """
+    from thinkloop.agent.index_command import execute
+
+    execute(folder)
+
+
+@app.command()
+def mcp(
+    tools: opt.Tools = "search,open,python",
+    corpus: opt.CorpusFolders = None,
+    web: opt.Web = None,
+    pages: opt.PagesBy = None,
+    file: opt.Files = None,
+    keep: opt.Keep = None,
+    allow_host: opt.AllowHost = None,
+    unsafe_python: opt.UnsafePython = False,
+    http: Annotated[
+        int | None, typer.Option("--http", min=0, max=65535, help="Port on 127.0.0.1.", show_default="stdio")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Offer thinkloop's tools to another program, as an MCP server over standard input and output."""
+    from thinkloop.agent.serve_tools import execute
+    from thinkloop.agent.toolsets import ToolRequest
+
+    offered = ToolRequest(
+        tools=opt.names(tools), corpus=tuple(corpus or ()), web=opt.listed(web), pages=pages, files=tuple(file or ()),
+        keep=keep, allow_hosts=tuple(allow_host or ()), unsafe_python=unsafe_python,
+    )  # fmt: skip
+    execute(offered, http)
 
 
 @app.command()

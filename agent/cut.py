@@ -13,24 +13,26 @@ COUNTED_CHARS = 64
 not be tokenised to be thrown away."""
 
 
-def cut_text(text: str, budget: int, count: Callable[[str], int], why: str = "") -> str:
+def cut_text(text: str, budget: int, count: Callable[[str], int], why: str | Callable[[str], str] = "") -> str:
     """`text` if it takes at most `budget` tokens, otherwise its head and tail within the budget and a note between
     them.
 
-    `count` gives a text's tokens; `why` is added to the note.
+    `count` gives a text's tokens; `why` is added to the note, or what it makes of the head.
     """
     if len(text.encode("utf-8", "surrogatepass")) <= budget:  # a token is at least one byte
         return text
     total = _count(text, budget, count)
     if total <= budget:
         return text
-    room = max(budget - NOTE_TOKENS - len(why) // 4, 1)
+    said = why if callable(why) else lambda head: why
+    room = max(budget - NOTE_TOKENS - len(said(text[:budget])) // 4, 1)
     chars = min(int(len(text) * room / total), len(text))
     while True:
         head, tail = _ends(text, chars)
         kept = count(head) + count(tail)
         if kept <= room or chars <= 1:
-            return f"{head}\n[… about {total - kept:,} tokens left out here{'; ' + why if why else ''} …]\n{tail}"
+            note = said(head)
+            return f"{head}\n[… about {total - kept:,} tokens left out here{'; ' + note if note else ''} …]\n{tail}"
         chars = min(int(chars * room / kept), chars - 1)
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import anyio
+from thinkloop.agent.arguments import Check, Reading, copied, fits_schema, read_arguments, repair_note
 from thinkloop.agent.repetition import Repetition, call_key, refusal, reminder, verdict
+from thinkloop.tools.call_record import recording
+from thinkloop.tools.outcome import message_of, passes_on, plain_json, plain_output, told
 from thinkloop.tools.tool import Output, Tool, ToolError
 from thinkloop.traces.events import Json, ToolCall, ToolResult
 
@@ -23,17 +26,19 @@ SIDE_BY_SIDE = 8
 CANCELLED = "error: cancelled before it finished"
 
 Deliver = Callable[[ToolResult], Awaitable[None]]
-Check = Callable[[Json, Json], str | None]
 
 
 @dataclass(slots=True)
 class Job:
-    """A call on its way to a result. `broken`: it could not be run as written, or the tool broke under it."""
+    """A call on its way to a result. `broken`: it could not be run as written, or the tool broke under it; `facts` are
+    what is remembered of it besides its output."""
 
     call: ToolCall
     key: str
     tool: Tool | None = None
+    reading: Reading = field(default_factory=lambda: Reading(None))
     output: Output | None = None
+    facts: Json = field(default_factory=dict)
     started: float = 0.0
     seconds: float = 0.0
     broken: bool = False
@@ -44,21 +49,26 @@ class Job:
         self.output = Output(f"error: {message}", ok=False)
         self.broken = broken
 
+    @property
+    def waits(self) -> bool:
+        """Whether there is something to run for it."""
+        return self.tool is not None and self.output is None and self.same_as is None
+
     def result(self) -> ToolResult:
-        output = self.same_as.output if self.same_as else self.output
-        if output is None:
-            output = Output(CANCELLED, ok=False)
-        record = output.record | ({"repeat_of": self.repeat_of} if self.repeat_of else {})
+        """The result as it stands; of a call that has no output yet, that it was cancelled."""
+        source = self.same_as or self
+        output = source.output or Output(CANCELLED, ok=False)
+        record = output.record | plain_json(source.facts)
+        if self.repeat_of:
+            record["repeat_of"] = self.repeat_of
+        content = output.content
+        if self.reading.repaired and self.reading.arguments is not None:
+            record["repaired"] = {"raw": self.call.raw, "to": self.reading.arguments}
+            content = f"{content}\n\n{repair_note(self.reading.arguments)}"
         return ToolResult(
-            call_id=self.call.id, name=self.call.name, content=output.content, ok=output.ok,
-            display=output.display, record=record, seconds=self.seconds,
+            call_id=self.call.id, name=self.call.name, content=content, ok=output.ok,
+            display=output.display, record=record, files=list(output.files), seconds=self.seconds,
         )  # fmt: skip
-
-
-def _fits_schema(schema: Json, arguments: Json) -> str | None:
-    from thinkloop.tools.validate import check_arguments  # brings jsonschema, 60 ms: a run without calls never needs it
-
-    return check_arguments(schema, arguments)
 
 
 class Dispatcher:
@@ -68,7 +78,7 @@ class Dispatcher:
     turns in a row of which no call could be run.
     """
 
-    def __init__(self, tools: Mapping[str, Tool], check: Check = _fits_schema) -> None:
+    def __init__(self, tools: Mapping[str, Tool], check: Check = fits_schema) -> None:
         self._tools = tools
         self._check = check
         self.repetition = Repetition()
@@ -77,11 +87,15 @@ class Dispatcher:
         """Wall time that tools have run, over the whole run; calls side by side count once."""
         self._open: deque[Job] = deque()
 
-    async def run(self, calls: Sequence[ToolCall], deliver: Deliver) -> None:
-        """Runs the calls and awaits `deliver(result)` for each, in order. Raises only what cancels it; then `cut_short`
-        has what was not delivered."""
-        jobs = self._jobs(calls)
+    async def run(self, calls: Sequence[ToolCall], deliver: Deliver, *, cut_off: bool = False) -> None:
+        """Runs the calls and awaits `deliver(result)` for each, in order. `cut_off` says that the turn ended before the
+        model was done. Raises only what cancels it; then `cut_short` has what was not delivered."""
+        jobs = [Job(call, call_key(call)) for call in calls]
         self._open = deque(jobs)
+        self.repetition.step(calls, [job.key for job in jobs])
+        for index, job in enumerate(jobs):
+            await self._prepare(job, index, cut_off=cut_off and job is jobs[-1])
+        _share(jobs)
         for batch in _batches(jobs):
             try:
                 await _run_batch(batch)
@@ -103,37 +117,27 @@ class Dispatcher:
         """Takes in a turn without calls."""
         self.repetition.step((), ())
 
-    def _jobs(self, calls: Sequence[ToolCall]) -> list[Job]:
-        jobs = [Job(call, call_key(call)) for call in calls]
-        self.repetition.step(calls, [job.key for job in jobs])
-        for index, job in enumerate(jobs):
-            self._prepare(job, index)
-        _share(jobs)
-        return jobs
-
-    def _prepare(self, job: Job, index: int) -> None:
-        problem = self._problem(job.call, index)
+    async def _prepare(self, job: Job, index: int, *, cut_off: bool) -> None:
+        problem = self._refusal(job.call, index)
         if problem:
             return job.fail(problem)
-        job.tool = self._tools[job.call.name]
+        tool = self._tools[job.call.name]
+        job.reading = await read_arguments(job.call, tool, self._check, cut_off=cut_off)
+        if job.reading.arguments is None:
+            return job.fail(job.reading.problem)
+        job.tool = tool
         repeats = self.repetition.repeats(job.key)
         if verdict(repeats) in ("refuse", "stop"):
             job.repeat_of = self.repetition.first_id(job.key)
             job.output = Output(refusal(repeats, job.repeat_of), ok=False)
         return None
 
-    def _problem(self, call: ToolCall, index: int) -> str:
+    def _refusal(self, call: ToolCall, index: int) -> str:
         if index >= CALLS_PER_TURN:
             return f"not run: one turn may make {CALLS_PER_TURN} calls; make the others in the next turn"
         if call.problem and not call.name:
             return f"this call could not be read: {call.problem}"
-        if call.name not in self._tools:
-            return self._unknown(call.name)
-        if call.problem or call.arguments is None:
-            problem = call.problem or "the arguments are not a JSON object"
-            return f"this call of {call.name} could not be read: {problem}; write it again with whole JSON arguments"
-        wrong = self._check(self._tools[call.name].parameters, call.arguments)
-        return f"the arguments don't fit {call.name}: {wrong}" if wrong else ""
+        return "" if call.name in self._tools else self._unknown(call.name)
 
     def _unknown(self, name: str) -> str:
         names = ", ".join(self._tools)
@@ -152,7 +156,7 @@ def _share(jobs: Sequence[Job]) -> None:
     its result."""
     first: dict[str, Job] = {}
     for job in jobs:
-        if job.tool is None or job.output is not None:
+        if not job.waits or job.tool is None:
             continue
         if job.key in first:
             job.same_as = first[job.key]
@@ -179,7 +183,7 @@ def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
 
 def _is_write(job: Job) -> bool:
-    return job.tool is not None and job.output is None and job.same_as is None and job.tool.effect == "write"
+    return job.waits and job.tool is not None and job.tool.effect == "write"
 
 
 def _wall_seconds(batch: Sequence[Job]) -> float:
@@ -188,7 +192,7 @@ def _wall_seconds(batch: Sequence[Job]) -> float:
 
 
 async def _run_batch(batch: Sequence[Job]) -> None:
-    jobs = [job for job in batch if job.tool is not None and job.output is None and job.same_as is None]
+    jobs = [job for job in batch if job.waits]
     if len(jobs) < 2:
         return await _run_job(jobs[0]) if jobs else None
     limiter = anyio.CapacityLimiter(SIDE_BY_SIDE)
@@ -203,24 +207,24 @@ async def _run_limited(job: Job, limiter: anyio.CapacityLimiter) -> None:
         await _run_job(job)
 
 
-def _checked(output: object) -> Output:
-    if isinstance(output, Output):
-        return output
-    raise TypeError(f"a tool must give an `Output`, not {type(output).__name__}")
-
-
 async def _run_job(job: Job) -> None:
     assert job.tool is not None
-    assert job.call.arguments is not None
     tool, job.started = job.tool, perf_counter()
-    try:
-        with anyio.move_on_after(tool.deadline) as scope:
-            job.output = _checked(await tool.call(job.call.arguments))
-        if scope.cancelled_caught:
-            job.fail(f"{tool.name} took longer than its deadline of {tool.deadline:g} s and was stopped")
-    except ToolError as problem:
-        job.fail(str(problem), broken=False)
-    except (Exception, SystemExit) as problem:  # a tool that breaks, even one that exits, must not take the run along
-        job.fail(f"{tool.name} failed: {type(problem).__name__}: {problem}")
-    finally:
-        job.seconds = perf_counter() - job.started
+    with recording() as job.facts:
+        try:
+            with anyio.move_on_after(tool.deadline) as scope:
+                job.output = plain_output(await tool.call(copied(job.reading.arguments)))
+            if scope.cancelled_caught:
+                job.fail(f"{tool.name} took longer than its deadline of {tool.deadline:g} s and {_stopped(job.facts)}")
+        except ToolError as problem:
+            job.fail(message_of(problem), broken=False)
+        except BaseException as problem:  # a tool that breaks, even one that exits, must not take the run along
+            if passes_on(problem):
+                raise
+            job.fail(f"{tool.name} failed: {told(problem)}")
+        finally:
+            job.seconds = perf_counter() - job.started
+
+
+def _stopped(facts: Json) -> str:
+    return "can't be stopped: it still runs" if facts.get("still_running") else "was stopped"

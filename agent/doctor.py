@@ -35,7 +35,17 @@ def examine(checkpoint: Path | None = None) -> Iterator[Finding]:
 
         yield from examine_checkpoint(checkpoint)
         return
-    checks: tuple[Callable[[], Finding], ...] = (_python, _torch, _cores, _memory, _sandbox, _mini, _writable)
+    checks: tuple[Callable[[], Finding], ...] = (
+        _python,
+        _torch,
+        _cores,
+        _memory,
+        _sandbox,
+        _browser,
+        _extras,
+        _mini,
+        _writable,
+    )
     for check in checks:
         yield check()
 
@@ -109,13 +119,41 @@ def _sandbox() -> Finding:
         report = {"works": False, "error": str(error)}
     if not report["works"]:
         return Finding("sandbox", "missing", str(report["error"]), "or run without the tool: --tools search,open")
-    facts = {"seccomp": report.get("seccomp"), "own uid": report.get("uid_drop")}
-    holds = [f"{name} {'yes' if value else 'no'}" for name, value in facts.items()]
-    return Finding(
-        "sandbox",
-        "ok",
-        f"bubblewrap {report.get('version', '')} ({', '.join(holds)}, memory by {report.get('sum_limit')})",
-    )
+    layers = [layer for layer in report["layers"] if isinstance(layer, dict)]
+    holds = ", ".join(str(layer["name"]) for layer in layers if layer["holds"])
+    lacks = [f"{layer['name']}: {layer['detail']}" for layer in layers if not layer["holds"]]
+    detail = f"bubblewrap {report['version']}, Python {report['python']}; {holds}; memory by {report['sum_limit']}"
+    fixes = [str(layer["fix"]) for layer in layers if layer["fix"]]
+    return Finding("sandbox", "ok", "; ".join([detail, *(f"not {lack}" for lack in lacks)]), "; ".join(fixes))
+
+
+def _browser() -> Finding:
+    if not _installed("playwright"):
+        return Finding("browser", "warn", "playwright isn't installed", "pip install 'thinkloop[browser]'")
+    from thinkloop.tools.browser_sandbox import check_machine, find_chromium
+
+    try:
+        check_machine()
+        return Finding("browser", "ok", f"{find_chromium(None)}, in bubblewrap, behind thinkloop's own proxy")
+    except ThinkloopError as error:
+        return Finding("browser", "warn", str(error))
+
+
+EXTRAS = {"grammar": "llguidance", "browser": "playwright", "search": "tantivy", "mcp": "mcp"}
+"""Extras and a package that each brings."""
+
+
+def _extras() -> Finding:
+    absent = [name for name, package in EXTRAS.items() if not _installed(package)]
+    there = [name for name in EXTRAS if name not in absent]
+    detail = f"{', '.join(there) or 'none'} installed" + (f"; not: {', '.join(absent)}" if absent else "")
+    return Finding("extras", "ok", detail, f"pip install 'thinkloop[{','.join(absent)}]'" if absent else "")
+
+
+def _installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
 
 
 def _mini() -> Finding:

@@ -7,19 +7,20 @@ word for word: notes at the end of a `ToolResult`, the opening of the last step 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Literal, NamedTuple, Protocol
 
 import anyio
+from thinkloop.agent.citations import Citation, Shown
 from thinkloop.agent.context import Context
-from thinkloop.agent.cut import cut_text
 from thinkloop.agent.dispatch import CANCELLED, Dispatcher
 from thinkloop.agent.limits import Limits, Meter, end_reason, final_text
 from thinkloop.agent.model import Model, Turn
 from thinkloop.agent.repetition import REFUSE_AT, REMIND_AT, STOP_AT, refusal, reminder
+from thinkloop.agent.results import store_of, within_budget
 from thinkloop.agent.turn import TurnRecord
 from thinkloop.tools.tool import Tool
 from thinkloop.traces.events import (
@@ -43,8 +44,6 @@ EMPTY_TURNS = 3
 """Turns in a row with neither answer nor call (or cut off before one was whole) after which the model is asked to
 answer."""
 NO_ANSWER = "No answer was reached."
-UNCUT_CHARS = 1_000_000
-"""Characters of a cut result that the record keeps."""
 
 Listener = Callable[[Event], Awaitable[None]]
 
@@ -62,31 +61,36 @@ class Ending(NamedTuple):
 
 
 class Loop:
-    """One run. `context` holds the conversation with its task; `tools` maps names to tools that are ready to be
-    called."""
+    """One run. `context` holds the conversation with its task; `tools` maps names to tools that are ready to be called;
+    `notes` is what the person is to know of them before the first step."""
 
     def __init__(
         self, start: RunStarted, model: Model, context: Context, tools: Mapping[str, Tool], limits: Limits,
         *, listener: Listener, journal: Journal | None = None, response_format: Json | None = None,
-        forbid_repeats: bool = False,
+        forbid_repeats: bool = False, notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self._start, self._model, self._context, self._tools = start, model, context, tools
         self._listener, self._journal = listener, journal
-        self._response_format, self._forbid_repeats = response_format, forbid_repeats
+        self._response_format, self._forbid_repeats, self._notes = response_format, forbid_repeats, notes
         self._meter = Meter(limits)
-        self._dispatcher = Dispatcher(tools)
+        self._dispatcher, self._store = Dispatcher(tools), store_of(tools)
         self._turn: TurnRecord | None = None
         self.error = ""
         """What ended the run when its reason is `error`."""
         self._best = ""
         self._empty_turns = 0
-        self._sources: dict[str, None] = {}
+        self._shown = Shown()
         self._step_started = self._outside = 0.0
+
+    def citations(self, answer: str) -> list[Citation]:
+        """The citations in an answer, held against what has been opened so far."""
+        return self._shown.check(answer)
 
     async def run(self) -> RunFinished:
         """Runs to the end. A model's `ThinkloopError` ends the run with reason `error`; any other exception and
         cancellation go through, once the end is in the journal."""
         await self._emit(self._start)
+        await self._emit_all([Error(where="tools", message=note, recovered=True) for note in self._notes])
         try:
             ending = await self._steps()
         except anyio.get_cancelled_exc_class():
@@ -222,7 +226,7 @@ class Loop:
 
         before, self._turn = self._dispatcher.tool_seconds, None
         with anyio.CancelScope(deadline=self._meter.work_deadline):
-            await self._dispatcher.run(turn.calls, deliver)
+            await self._dispatcher.run(turn.calls, deliver, cut_off=turn.finish in ("length", "cancelled"))
         for result in self._dispatcher.cut_short():
             await deliver(result)
         self._outside += self._dispatcher.tool_seconds - before
@@ -234,20 +238,15 @@ class Loop:
         warnings = [] if left else self._warnings()
         text = "\n\n".join([result.content, *(warning.message for warning in warnings)])
         content, edits = self._context.fit(text, left)
+        cut = len(content) < len(text) or "uncut" in result.record
         result = replace(result, content=content)
         self._context.append_result(result.call_id, result.name, content)
-        if result.ok:
-            self._sources.update(dict.fromkeys(_documents(result)))
+        self._shown.note(result, cut=cut)
         await self._emit_all([*edits, result, *warnings])
 
     def _within_budget(self, result: ToolResult) -> ToolResult:
         tool = self._tools.get(result.name)
-        if tool is None:
-            return result
-        content = cut_text(result.content, tool.budget, self._model.count_tokens, "ask for less, or read on from there")
-        if content is result.content:
-            return result
-        return replace(result, content=content, record=result.record | {"uncut": result.content[:UNCUT_CHARS]})
+        return within_budget(result, tool, self._model.count_tokens, self._store) if tool else result
 
     async def _refuse(self, calls: list[ToolCall], content: str) -> None:
         self._turn = None
@@ -327,7 +326,8 @@ class Loop:
         meter = self._meter
         return RunFinished(
             answer=ending.answer, reason=ending.reason, steps=meter.steps, usage=asdict(meter.usage),
-            sources=list(self._sources), seconds=meter.seconds,
+            sources=self._shown.documents, citations=[entry.to_json() for entry in self.citations(ending.answer)],
+            seconds=meter.seconds,
         )  # fmt: skip
 
 
@@ -341,12 +341,6 @@ def _final(name: Literal["repetition", "bad_calls", "context"], used: float, all
 
 def _unrun(calls: list[ToolCall], content: str) -> list[ToolResult]:
     return [ToolResult(call_id=call.id, name=call.name, content=content, ok=False) for call in calls]
-
-
-def _documents(result: ToolResult) -> Iterator[str]:
-    documents = result.record.get("document")
-    if isinstance(documents, str):
-        yield documents
 
 
 def _describe(problem: BaseException) -> str:

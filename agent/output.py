@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -10,12 +11,12 @@ from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
-from thinkloop.agent.plain import clean, one_line
+from thinkloop.agent.plain import clean, file_name, one_line, size
 from thinkloop.agent.replay import unfinished
 from thinkloop.agent.screen import Screen, plain_console
 from thinkloop.agent.transcript import by_step, print_step
 from thinkloop.traces import summary
-from thinkloop.traces.events import Event, RunFinished, ThinkloopError, to_json
+from thinkloop.traces.events import Event, RunFinished, ThinkloopError, ToolResult, to_json
 from thinkloop.traces.format import TraceError
 from thinkloop.traces.reader import TraceReader
 
@@ -33,8 +34,15 @@ PIPED_WIDTH = 200
 def print_json(event: Event) -> None:
     """One event as an ASCII line, flushed, so that a program can follow the run."""
     if event.type in JSON_TYPES:
-        sys.stdout.write(json.dumps(to_json(event), default=repr) + "\n")
+        sys.stdout.write(json.dumps(to_json(event), default=_in_json) + "\n")
         sys.stdout.flush()
+
+
+def _in_json(value: object) -> object:
+    """Bytes by their digest: the trace has them under it."""
+    if isinstance(value, bytes):
+        return {"sha256": hashlib.sha256(value).hexdigest(), "bytes": len(value)}
+    return repr(value)
 
 
 def screen_for(trace: str, *, now: Callable[[], float] = time.monotonic) -> Screen:
@@ -60,6 +68,24 @@ def show_trace(folder: Path, step: int | None) -> None:
         raise TraceError(f"The trace {str(folder)!r} is damaged at {problems[0]}{more}. What could be read was shown.")
     if not isinstance(last, RunFinished):
         raise TraceError(unfinished(reader))
+
+
+def save_files(folder: Path, to: Path) -> None:
+    """Write the files that came with a trace's results to a folder, each under its step and name."""
+    count = 0
+    for number, records in by_step(TraceReader.open(folder)):
+        results = [record.event for record in records if isinstance(record.event, ToolResult)]
+        for file in (file for result in results for file in result.files):
+            count += 1
+            path = to / f"step-{number:04d}-{count}-{file_name(file.name)}"
+            try:
+                to.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(file.data)
+            except OSError as error:
+                raise ThinkloopError(f"Can't write {str(path)!r}: {error.strerror}. Name another folder.") from error
+            print(f"{clean(str(path))}  {clean(file.media_type)}  {size(len(file.data))}")
+    if not count:
+        print(f"No result of {clean(str(folder))} came with a file.")
 
 
 def list_traces(folder: Path) -> None:

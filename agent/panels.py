@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
-from thinkloop.agent.plain import clean, clip, clock, one_line
+from thinkloop.agent.plain import clean, clip, clock, one_line, size
 from thinkloop.traces.events import (
     ContextEdited,
     Error,
@@ -102,11 +102,20 @@ def answer_panel(end: RunFinished, width: int) -> Panel:
 def ending_lines(end: RunFinished, trace: str) -> Text:
     """Sources, figures and where the trace is."""
     rows = [f"sources: {', '.join(one_line(source, 200) for source in end.sources)}"] if end.sources else []
+    rows += _citation_lines(end)
     tokens = int(end.usage.get("completion_tokens", 0))
     rows.append(f"{end.steps:,} steps · {tokens:,} tokens written · {clock(end.seconds)}")
     if trace:
         rows.append(f"trace: {clean(trace)} (see it again: thinkloop replay {clean(trace)})")
     return Text("\n".join(rows), style="dim")
+
+
+def _citation_lines(end: RunFinished) -> list[str]:
+    wrong = [citation for citation in end.citations if not citation.get("holds")]
+    if not end.citations:
+        return []
+    held = f"citations: {len(end.citations) - len(wrong)} of {len(end.citations)} hold"
+    return [held, *(one_line(f"  {entry.get('text')}: {entry.get('problem')}", 200) for entry in wrong)]
 
 
 def _argument(key: str, value: object, width: int, lines: int) -> Text:
@@ -120,7 +129,12 @@ def _argument(key: str, value: object, width: int, lines: int) -> Text:
 def _result_text(result: ToolResult, width: int, lines: int) -> Text:
     shown, hidden = clip(clean(result.display or result.content).rstrip("\n"), lines, width)
     text = Text(shown, style="" if result.ok else "red")
-    return text.append(f"\n… {hidden:,} more lines", style="dim") if hidden else text
+    if hidden:
+        text.append(f"\n… {hidden:,} more lines", style="dim")
+    for file in result.files:
+        about = one_line(f"{file.name} ({file.media_type}, {size(len(file.data))})", max(width, 8))
+        text.append(f"\nfile: {about}", style="magenta")
+    return text
 
 
 def _outcome(result: ToolResult | None) -> str:

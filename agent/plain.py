@@ -73,3 +73,15 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: int) -> str:
+    """Bytes as `812 B`, `12.3 kB` or `4.0 MB`."""
+    if count < 1000:
+        return f"{count} B"
+    return f"{count / 1000:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.1f} MB"
+
+
+def file_name(text: str) -> str:
+    """A file name that a stranger gave, as one that is safe in any folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".")[-80:] or "file"

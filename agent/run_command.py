@@ -5,22 +5,22 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 from thinkloop.agent.doctor import mini_folder
 from thinkloop.agent.output import print_json, screen_for
 from thinkloop.agent.plain import clean
+from thinkloop.agent.toolsets import ToolRequest, open_toolsets
 from thinkloop.traces.events import Error, Event, RunFinished, ThinkloopError
 from thinkloop.traces.writer import check_free
 
 if TYPE_CHECKING:
     from thinkloop.agent.agent import Agent
-    from thinkloop.tools.tool import Tool, Toolset
 
 RUNS = "runs"
 INTERRUPTED = 130
@@ -35,8 +35,7 @@ class Request:
     task: str | None = None
     model: str = "mini"
     model_name: str | None = None
-    tools: tuple[str, ...] = ("search", "open", "python")
-    corpus: Path | None = None
+    tools: ToolRequest = field(default_factory=ToolRequest)
     max_steps: int = 300
     max_thinking: int | None = None
     thinking_budget: int | None = None
@@ -120,7 +119,8 @@ def _agent(request: Request, folder: Path) -> Agent:
     )  # fmt: skip
     sampling = None if request.temperature is None else Sampling(temperature=request.temperature)
     return Agent(
-        request.model, _toolsets(request), limits=limits, seed=request.seed, sampling=sampling, trace=folder,
+        request.model, open_toolsets(request.tools, _sample_world(request)), limits=limits,
+        seed=request.seed, sampling=sampling, trace=folder,
         model_name=request.model_name, device=request.device, context=request.context, grammar=request.grammar,
         progress=_loading if request.output == "screen" else None,
     )  # fmt: skip
@@ -133,40 +133,12 @@ def _loading(done: int, total: int) -> None:
         print(f"\rloading the model: {done / 1e9:.1f} of {total / 1e9:.1f} GB", end=end, file=sys.stderr, flush=True)
 
 
-def _toolsets(request: Request) -> list[Tool | Toolset]:
-    names = set(request.tools)
-    found: list[Tool | Toolset] = []
-    if names & {"search", "open"}:
-        from thinkloop.tools.corpus import Search
-
-        found.append(Chosen(Search(_corpus(request)), names))
-    if "python" in names:
-        from thinkloop.tools.python import Python
-
-        found.append(Python())
-    return found
-
-
-class Chosen:
-    """A toolset of which only the tools with these names are offered."""
-
-    def __init__(self, inner: Toolset, names: set[str]) -> None:
-        self._inner, self._names = inner, names
-
-    def tools(self) -> Sequence[Tool]:
-        return [tool for tool in self._inner.tools() if tool.name in self._names]
-
-    async def __aenter__(self) -> Any:
-        return await self._inner.__aenter__()
-
-    async def __aexit__(self, *exc: Any) -> None:
-        await self._inner.__aexit__(*exc)
-
-
-def _corpus(request: Request) -> Path:
-    if request.corpus is not None:
-        return request.corpus
+def _sample_world(request: Request) -> Path | None:
+    """The texts that are searched when none are named."""
     world = mini_folder() / "world"
+    wanted = set(request.tools.tools) & {"search", "open"}
+    if not wanted or request.tools.corpus or request.tools.web or request.tools.pages:
+        return None
     if not world.is_dir():
         raise ThinkloopError(
             f"No corpus is named, and the sample world is missing from {world}. Name a folder of texts with `--corpus "

@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from thinkloop.engine.engine import Engine
     from thinkloop.engine.params import Sampling
     from thinkloop.engine.session import Session
-    from thinkloop.tools.corpus import Search
+    from thinkloop.tools.browser import Browser
+    from thinkloop.tools.corpus import Corpus
     from thinkloop.tools.function import tool
+    from thinkloop.tools.mcp_client import MCP
+    from thinkloop.tools.pages import WebPages
     from thinkloop.tools.python import Python
+    from thinkloop.tools.search import Search
     from thinkloop.tools.tool import Output, Tool, ToolError, Toolset
+    from thinkloop.tools.web_providers import Brave, SearXNG, Serper, Tavily
     from thinkloop.traces import events
-    from thinkloop.traces.events import Event, ThinkloopError
+    from thinkloop.traces.events import Attachment, Event, ThinkloopError
     from thinkloop.traces.reader import TraceReader
 
 _HOMES = {
@@ -37,19 +42,29 @@ _HOMES = {
     "engine.engine": ("Engine",),
     "engine.params": ("Sampling",),
     "engine.session": ("Session",),
-    "tools.corpus": ("Search",),
     "tools.function": ("tool",),
+    "tools.browser": ("Browser",),
+    "tools.corpus": ("Corpus",),
+    "tools.mcp_client": ("MCP",),
+    "tools.pages": ("WebPages",),
     "tools.python": ("Python",),
+    "tools.search": ("Search",),
     "tools.tool": ("Output", "Tool", "ToolError", "Toolset"),
-    "traces.events": ("Event", "ThinkloopError"),
+    "tools.web_providers": ("Brave", "SearXNG", "Serper", "Tavily"),
+    "traces.events": ("Attachment", "Event", "ThinkloopError"),
     "traces.reader": ("TraceReader",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = {"testing": "thinkloop.testing", "events": "thinkloop.traces.events"}
 
 __all__ = [
+    "MCP",
     "Agent",
+    "Attachment",
+    "Brave",
+    "Browser",
     "Conversation",
+    "Corpus",
     "Engine",
     "EngineModel",
     "Event",
@@ -61,14 +76,18 @@ __all__ = [
     "RemoteModel",
     "Result",
     "Sampling",
+    "SearXNG",
     "Search",
+    "Serper",
     "Session",
+    "Tavily",
     "ThinkloopError",
     "Tool",
     "ToolError",
     "Toolset",
     "TraceReader",
     "Turn",
+    "WebPages",
     "events",
     "testing",
     "tool",

@@ -1,35 +1,36 @@
-"""Search over a folder of text: an SQLite FTS5 index in memory, and the `search` and `open` tools that read it.
+"""Search over folders of text, code, web pages and JSON lines, in an index that is kept up to date.
 
-Ids are paths below the folder, so they stay the same from run to run. A search result names the line that matches best,
-`open` numbers every line, and a long document comes in pages: read on with `line`, or look inside with `find`.
+Ids are paths below the folder, so they stay the same from run to run. A search result names the line that matches best.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
+import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeVar
 
-import anyio.to_thread
-from thinkloop.tools.tool import Effect, Output, Tool, ToolError
-from thinkloop.traces.events import Json, ThinkloopError
+from thinkloop.tools.corpus_files import PROSE, File, walk
+from thinkloop.tools.corpus_snippet import best_line
+from thinkloop.tools.index import FORMAT, SCHEMA, Changes, Index, Progress, TextIndex
+from thinkloop.tools.index_database import BUSY_SECONDS, QUERY_SECONDS, Busy, Damaged, Database, is_damage, remove
+from thinkloop.tools.index_fts import FtsIndex
+from thinkloop.tools.index_terms import Stemmer, query_words
+from thinkloop.traces.events import ThinkloopError
 
-SUFFIXES = frozenset(
-    {".md", ".markdown", ".txt", ".rst", ".org", ".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml", ".py"}
-)
-MAX_FILE_BYTES = 8 << 20
-MAX_LINE_CHARS = 500
-MAX_HIT_CHARS = 200
-WORD = re.compile(r"\w+")
+MAX_LIMIT = 1000
+SMALL_FILES = 2_000
+SMALL_BYTES = 8 << 20
+
+T = TypeVar("T")
 
 
 class CorpusError(ThinkloopError):
-    """The folder can't be searched: it is missing, not a folder, unreadable, or holds no text."""
+    """The corpus can't be searched: a folder is missing or holds no text, the index can't be used, or a query is too slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,192 +53,181 @@ class Hit:
 
 
 class Corpus:
-    """The documents below a folder. Safe to use from several threads."""
+    """The documents in folders and files. Safe to use from several threads; calls block for milliseconds.
 
-    def __init__(self, folder: str | Path) -> None:
-        """Read and index `folder`. Raises `CorpusError` when there is nothing there to search."""
-        self.folder = Path(folder)
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(":memory:", check_same_thread=False)
-        self._db.execute("CREATE TABLE documents (id TEXT UNIQUE, title TEXT, text TEXT)")
-        self._db.execute("CREATE INDEX by_title ON documents (title)")
-        self._db.execute(
-            "CREATE VIRTUAL TABLE words USING fts5 "
-            "(title, text, content='documents', tokenize='porter unicode61 remove_diacritics 2')"
-        )
-        self._db.executemany("INSERT INTO documents VALUES (?, ?, ?)", _read_folder(self.folder))
-        self._db.execute("INSERT INTO words (words) VALUES ('rebuild')")
-        if not len(self):
-            kinds = " ".join(sorted(SUFFIXES))
-            raise CorpusError(f"the corpus folder `{self.folder}` holds no readable text; put files there ({kinds})")
+    Ids are paths below the folder, with the folder's name before them when there are several sources; a line of a
+    `.jsonl` file is a document of its own, `file.jsonl#12`.
+
+    The index is kept in memory when there is little to read (under 2,000 files and 8 MB), else in a file in
+    `$XDG_CACHE_HOME/thinkloop/index`; a file that is there is used in any case. `cache` is another folder to keep it in
+    always, or `"memory"`. `engine` is FTS5 of SQLite, or tantivy for collections of more than some 100,000 documents.
+
+    `changes` is what the last update did, `skipped` the files that couldn't be indexed, each with its reason, and `note`
+    says where the index is when not where it was asked for.
+    """
+
+    def __init__(
+        self,
+        *sources: str | Path,
+        cache: Path | Literal["memory"] | None = None,
+        engine: Literal["sqlite", "tantivy"] = "sqlite",
+        progress: Progress | None = None,
+    ) -> None:
+        """Index `sources`, or bring their index up to date. Raises `CorpusError` when there is nothing to search."""
+        if not sources:
+            raise CorpusError("a corpus needs a folder or a file to index")
+        self.sources = tuple(Path(source) for source in sources)
+        self.folder = self.sources[0]
+        self.name = ", ".join(source.resolve().name or str(source) for source in self.sources)
+        self.note, self._engine, self._stems = "", engine, Stemmer()
+        self._mending = threading.Lock()
+        files = self._files()
+        self._path = self._place(files, cache)
+        self._index = self._opened()
+        try:
+            self.changes = self._updated(files, progress)
+            if not len(self):
+                raise CorpusError(self._nothing())
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
-        with self._lock:
-            return int(self._db.execute("SELECT count(*) FROM documents").fetchone()[0])
+        return self._healed(lambda: len(self._index))
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Files that can't be indexed, by id, each with the reason."""
+        return self._healed(lambda: self._index.skipped())
+
+    def update(self, progress: Progress | None = None) -> Changes:
+        """Read what is new or changed, forget what is gone. Searches go on meanwhile, on the state before."""
+        self.changes = self._updated(self._files(), progress)
+        return self.changes
 
     def search(self, query: str, limit: int = 5) -> list[Hit]:
-        """The best documents for the words of `query`: those with all of them, or else with any of them."""
-        words = WORD.findall(query)[:64]
-        for joiner in (" ", " OR "):
-            rows = self._match(joiner.join(f'"{word}"' for word in words), limit) if words else []
-            if rows:
-                return [_hit(doc, title, text, words) for doc, title, text in rows]
-        return []
+        """The best documents for the words of `query`: those with all of them, or else with any of them.
+
+        Nothing in `query` is syntax. Raises `CorpusError` when it takes more than 2 s.
+        """
+        words = query_words(query)
+        texts = self._healed(lambda: self._index.best(words, max(1, min(limit, MAX_LIMIT))))
+        return [Hit(text.id, text.title, *best_line(text.text, words, self._stems)) for text in texts]
 
     def document(self, name: str) -> Document | None:
         """The document with this id, or else the only one with exactly this title."""
-        with self._lock:
-            rows = self._db.execute("SELECT id, title, text FROM documents WHERE id = ?", (name,)).fetchall()
-            if not rows:
-                rows = self._db.execute(
-                    "SELECT id, title, text FROM documents WHERE title = ? LIMIT 2", (name,)
-                ).fetchall()
-        return Document(rows[0][0], rows[0][1], tuple(rows[0][2].split("\n"))) if len(rows) == 1 else None
+        clean = name.encode("utf-8", "replace").decode("utf-8")
+        text = self._healed(lambda: self._index.document(clean))
+        return Document(text.id, text.title, tuple(text.text.split("\n"))) if text else None
 
     def close(self) -> None:
-        with self._lock:
-            self._db.close()
+        self._index.close()
+        self._stems.close()
 
-    def _match(self, expression: str, limit: int) -> list[tuple[str, str, str]]:
-        with self._lock:
-            return self._db.execute(
-                "SELECT d.id, d.title, d.text FROM words JOIN documents d ON d.rowid = words.rowid "
-                "WHERE words MATCH ? ORDER BY bm25(words, 8.0, 1.0), d.id LIMIT ?",
-                (expression, limit),
-            ).fetchall()
+    def _files(self) -> list[File]:
+        for source in self.sources:
+            if not source.exists():
+                raise CorpusError(f"the corpus folder `{source}` does not exist; give --corpus an existing one")
+        return list(walk(self.sources))
 
+    def _place(self, files: list[File], cache: Path | Literal["memory"] | None) -> Path | None:
+        """The file to keep the index in, if any."""
+        if cache == "memory":
+            return None
+        path = (cache or default_cache()) / f"{self._kind()[:24]}.db"
+        small = len(files) < SMALL_FILES and sum(file.size for file in files) < SMALL_BYTES
+        return None if cache is None and small and not path.exists() else path
 
-def _read_folder(folder: Path) -> Iterator[tuple[str, str, str]]:
-    if not folder.is_dir():
-        raise CorpusError(
-            f"the corpus folder `{folder}` does not exist or is not a folder; give --corpus an existing one"
-        )
-    inside = folder.resolve()
-    for path in sorted(folder.rglob("*")):
-        if not path.resolve().is_relative_to(inside):  # a link must not carry the rest of the disk into the context
-            continue
-        if path.suffix.lower() not in SUFFIXES or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-            continue
+    def _kind(self) -> str:
+        """Tells indexes of other sources, engines and versions apart."""
+        names = "\0".join([str(FORMAT), self._engine, *(str(source.resolve()) for source in self.sources)])
+        return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def _opened(self) -> Index:
+        if self._path is not None:
+            try:
+                return self._at(self._path)
+            except (OSError, sqlite3.Error) as error:
+                self.note = f"the index is kept in memory: `{self._path}` can't be used ({error})"
+                self._path = None
+        return self._at(None)
+
+    def _at(self, path: Path | None) -> Index:
+        engine = self._text_index()
         try:
-            text = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
-        except OSError as error:
-            raise CorpusError(
-                f"`{path}` can't be read ({error.strerror}); fix its permissions or move it away"
-            ) from error
-        if text.strip():
-            yield path.relative_to(folder).as_posix(), _title(path, text), text
+            return Index(Database(path, self._kind(), (*SCHEMA, *engine.schema)), engine)
+        except Damaged:
+            if path is None:
+                raise
+            remove(path)
+        return Index(Database(path, self._kind(), (*SCHEMA, *engine.schema)), engine)
 
+    def _text_index(self) -> TextIndex:
+        if self._engine == "sqlite":
+            return FtsIndex(self._stems)
+        from thinkloop.tools.tantivy_index import TantivyIndex
 
-def _title(path: Path, text: str) -> str:
-    heading = re.search(r"^#+ +(.+?)\s*$", text, re.MULTILINE)
-    return heading.group(1) if heading else path.stem
+        try:
+            return TantivyIndex(self._path and self._path.with_suffix(".tantivy"))
+        except ImportError as error:
+            raise CorpusError("tantivy isn't installed; run `pip install 'thinkloop[search]'`") from error
 
+    def _updated(self, files: list[File], progress: Progress | None) -> Changes:
+        try:
+            return self._healed(lambda: self._index.update(files, progress))
+        except Busy as error:
+            if not len(self):
+                raise CorpusError(
+                    f"another process is building the index `{self._path}`; wait until it is done"
+                ) from error
+            self.note = f"the index is not up to date: another process has been writing it for {BUSY_SECONDS:.0f} s"
+            return Changes(unchanged=len(self))
 
-def _hit(doc: str, title: str, text: str, words: Sequence[str]) -> Hit:
-    wanted = {word.lower() for word in words}
-    best_line, best_count, best_text = 1, -1, ""
-    for number, line in enumerate(text.split("\n"), 1):
-        count = len(wanted & {word.lower() for word in WORD.findall(line)})
-        if count > best_count:
-            best_line, best_count, best_text = number, count, line
-    return Hit(doc, title, best_line, best_text.strip()[:MAX_HIT_CHARS])
+    def _healed(self, work: Callable[[], T]) -> T:
+        """`work`, again on a new index when the file turns out to be damaged. Raises `CorpusError`, or `Busy`."""
+        index = self._index
+        try:
+            return work()
+        except Busy:
+            raise
+        except sqlite3.Error as error:
+            if "interrupted" in str(error):
+                raise CorpusError(
+                    f"the search took more than {QUERY_SECONDS:.0f} s; use fewer or rarer words"
+                ) from error
+            if self._path is None or not is_damage(error):
+                raise CorpusError(f"the index `{self._path or 'in memory'}` can't be used ({error})") from error
+            self._mend(index)
+            return work()
 
+    def _mend(self, damaged: Index) -> None:
+        with self._mending:
+            if self._index is damaged and self._path is not None:
+                damaged.close()
+                remove(self._path)
+                self._index = self._opened()
+                self._index.update(self._files())
 
-def format_hits(query: str, hits: Sequence[Hit]) -> str:
-    """Search results as the model reads them: `1. id:line: text`, best first."""
-    if not hits:
-        return f'No results for "{query}".'
-    return "\n".join(f"{rank}. {hit.id}:{hit.line}: {hit.text}" for rank, hit in enumerate(hits, 1))
-
-
-def format_page(document: Document, line: int = 1, find: str = "", max_chars: int = 6000) -> str:
-    """A document from `line` on, or only its lines with `find`, each numbered, within `max_chars` characters.
-
-    Raises `ToolError` when there is no such line or no line has the text.
-    """
-    total = len(document.lines)
-    if not 1 <= line <= total:
-        raise ToolError(f"{document.id} has lines 1 to {total}; there is no line {line}")
-    numbered = [(number, text) for number, text in enumerate(document.lines, 1) if number >= line]
-    if find:
-        numbered = [(number, text) for number, text in numbered if find.lower() in text.lower()]
-        if not numbered:
-            raise ToolError(f'no line of {document.id} from line {line} on has "{find}"')
-    shown: list[str] = []
-    for number, text in numbered:
-        row = f"{number}: {text[:MAX_LINE_CHARS]}".rstrip()
-        max_chars -= len(row) + 1
-        if shown and max_chars < 0:
-            head = f"{document.id} ({total} lines; more from line {number} on)"
-            return "\n".join([head, *shown])
-        shown.append(row)
-    return "\n".join([f"{document.id} ({total} lines)", *shown])
-
-
-@dataclass(frozen=True, slots=True)
-class _SearchTool:
-    corpus: Corpus
-    name: str = "search"
-    description: str = "Search the documents. Each result is an id, a line number and the line that matches best."
-    parameters: Json = field(
-        default_factory=lambda: _schema(
-            ["query"],
-            query={"type": "string", "description": "Words to look for."},
-            limit={"type": "integer", "minimum": 1, "maximum": 50, "description": "How many results, 5 if not given."},
+    def _nothing(self) -> str:
+        names = ", ".join(f"`{source}`" for source in self.sources)
+        kinds = " ".join(sorted(PROSE))
+        reasons = "; ".join(self.changes.skipped)
+        return (
+            f"the corpus folder {names} holds no readable text; put files there ({kinds}, code, web pages, PDFs, JSON)"
+            f"{f' (skipped: {reasons})' * bool(reasons)}"
         )
-    )
-    effect: Effect = "read"
-    deadline: float = 30.0
-    budget: int = 2000
-
-    async def call(self, arguments: Json) -> Output:
-        query = str(arguments["query"])
-        hits = await anyio.to_thread.run_sync(partial(self.corpus.search, query, int(arguments.get("limit", 5))))
-        return Output(format_hits(query, hits), record={"hits": [hit.id for hit in hits]})
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenTool:
-    corpus: Corpus
-    name: str = "open"
-    description: str = "Read a document with line numbers. Takes an id from search, or an exact title."
-    parameters: Json = field(
-        default_factory=lambda: _schema(
-            ["id"],
-            id={"type": "string", "description": "Id or title."},
-            line={"type": "integer", "minimum": 1, "description": "First line to show."},
-            find={"type": "string", "description": "Show only the lines with this text."},
-        )
-    )
-    effect: Effect = "read"
-    deadline: float = 30.0
-    budget: int = 2000
-
-    async def call(self, arguments: Json) -> Output:
-        name = str(arguments["id"])
-        document = await anyio.to_thread.run_sync(self.corpus.document, name)
-        if document is None:
-            raise ToolError(f'there is no document "{name}"; search for it')
-        page = format_page(document, int(arguments.get("line", 1)), str(arguments.get("find", "")))
-        return Output(page, record={"document": document.id})
+def index_folder(folder: str | Path, progress: Progress | None = None) -> Changes:
+    """Write the index of `folder` into the cache folder, or bring it up to date. Raises `CorpusError`."""
+    corpus = Corpus(folder, cache=default_cache(), progress=progress)
+    corpus.close()
+    if corpus.note:
+        raise CorpusError(f"{corpus.note}; set XDG_CACHE_HOME to a folder that can be written")
+    return corpus.changes
 
 
-def _schema(required: list[str], **properties: Json) -> Json:
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-
-class Search:
-    """`search` and `open` over the text files below `folder`, as a toolset."""
-
-    def __init__(self, folder: str | Path) -> None:
-        """Index `folder` now. Raises `CorpusError` when there is nothing there to search."""
-        self.corpus = Corpus(folder)
-
-    def tools(self) -> Sequence[Tool]:
-        return (_SearchTool(self.corpus), _OpenTool(self.corpus))
-
-    async def __aenter__(self) -> Search:
-        return self
-
-    async def __aexit__(self, *exc: Any) -> None:
-        return None
+def default_cache() -> Path:
+    """Where indexes are kept: `thinkloop/index` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "thinkloop" / "index"

@@ -1,6 +1,6 @@
-"""How the python sandbox is built: bubblewrap's command line, the interpreter inside, its user id.
+"""What the python sandbox is made of: bubblewrap's command line, the interpreter inside, its user id.
 
-`tools/sandbox_session.py` runs it. There is no fallback: where bubblewrap can't work, the error says what to do.
+`tools/sandbox_launch.py` starts it. There is no fallback: where bubblewrap can't work, the error says what to do.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import os
 import platform
 import secrets
 import shutil
-import signal
-import socket
+import site
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from thinkloop.tools import seccomp
-from thinkloop.tools.sandbox_limits import process_tree
-from thinkloop.traces.events import ThinkloopError
+from thinkloop.traces.events import Json, ThinkloopError
 
+RUNNER = "/runner.py"
 _MB = 1024 * 1024
 _HIGHEST_UID = 2**31 - 2
 _OLDEST_BWRAP = (0, 8)  # the first with --disable-userns
@@ -63,22 +61,27 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Interpreter:
-    """A Python for the inside: its path there, and the host folder to bind at `/opt/python` if it isn't under /usr."""
+    """A Python for the inside: its path there, the host folder to bind at `/opt/python` if it isn't under /usr, and
+    the host folders of installed packages."""
 
     path: str
     prefix: Path | None = None
+    packages: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """What bubblewrap is handed, by number: the runner's text, the filter, the channel, the info pipe, files."""
+    """What bubblewrap is handed by number: the filter, the channel, the info pipe, programs and given files."""
 
-    runner: int
     seccomp: int
     channel: int
     info: int
-    files: Sequence[tuple[int, str, int]] = ()
-    """Descriptor, name in /workspace, size in bytes."""
+    programs: Sequence[tuple[int, str]] = ()
+    """Descriptor and path inside."""
+    copies: Sequence[tuple[int, str]] = ()
+    """Descriptor and name in /workspace."""
+    bound: Sequence[Path] = ()
+    """Files too large to copy, which the inside sees where they are."""
 
 
 def find_bwrap() -> str:
@@ -155,12 +158,25 @@ def fresh_uid() -> int | None:
 def interpreters() -> list[Interpreter]:
     """Pythons that may work inside: the one running now if the sandbox's user can reach it, then the system's."""
     prefix, name = Path(sys.base_prefix).resolve(), f"bin/python{sys.version_info.major}.{sys.version_info.minor}"
-    system = Interpreter("/usr/bin/python3")
+    packages = package_folders()
+    system = Interpreter("/usr/bin/python3", packages=packages)
     if not _reachable(prefix) or not (prefix / name).exists():
         return [system]
     if prefix.is_relative_to("/usr"):
-        return [Interpreter(str(prefix / name)), system]
-    return [Interpreter(f"/opt/python/{name}", prefix), system]
+        return [Interpreter(str(prefix / name), packages=packages), system]
+    return [Interpreter(f"/opt/python/{name}", prefix, packages), system]
+
+
+def package_folders() -> tuple[Path, ...]:
+    """Where this Python's installed packages are (its virtual environment's first), as far as the inside can read."""
+    return tuple(path for path in map(Path, site.getsitepackages()) if path.is_dir() and _reachable(path.resolve()))
+
+
+def readable_inside(file: Path) -> bool:
+    """Whether the sandbox's user can read a file of the host where it is; root's gives up its rights beforehand."""
+    if os.geteuid() != 0:
+        return os.access(file, os.R_OK)
+    return bool(file.stat().st_mode & 0o004) and _reachable(file.parent)
 
 
 def _reachable(folder: Path) -> bool:
@@ -185,25 +201,27 @@ def bwrap_arguments(interpreter: Interpreter, limits: Limits, fds: Descriptors) 
 
 
 def _system(interpreter: Interpreter) -> list[str]:
-    arguments = [
-        "--ro-bind",
-        "/usr",
-        "/usr",
-        "--ro-bind-try",
-        "/etc/ld.so.cache",
-        "/etc/ld.so.cache",
-        "--proc",
-        "/proc",
-    ]
+    arguments = ["--ro-bind", "/usr", "/usr", "--proc", "/proc"]
+    for path in ("/etc/ld.so.cache", "/etc/fonts"):  # where libraries are, and where matplotlib looks for fonts
+        arguments += ["--ro-bind-try", path, path]
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        path = Path("/", name)
-        if path.is_symlink():
-            arguments += ["--symlink", str(path.readlink()), str(path)]
-        elif path.is_dir():
-            arguments += ["--ro-bind", str(path), str(path)]
+        folder = Path("/", name)
+        if folder.is_symlink():
+            arguments += ["--symlink", str(folder.readlink()), str(folder)]
+        elif folder.is_dir():
+            arguments += ["--ro-bind", str(folder), str(folder)]
     if interpreter.prefix:
         arguments += ["--ro-bind", str(interpreter.prefix), "/opt/python"]
+    for folder, inside in zip(interpreter.packages, _packages_inside(interpreter), strict=True):
+        if str(folder) != inside:
+            arguments += ["--ro-bind", str(folder), inside]
     return arguments
+
+
+def _packages_inside(interpreter: Interpreter) -> list[str]:
+    """Where the inside finds each folder of packages; those under /usr are there already."""
+    folders = enumerate(interpreter.packages)
+    return [str(path) if path.is_relative_to("/usr") else f"/opt/packages/{index}" for index, path in folders]
 
 
 def _devices(limits: Limits) -> list[str]:
@@ -217,115 +235,27 @@ def _devices(limits: Limits) -> list[str]:
 
 
 def _scratch(limits: Limits, fds: Descriptors) -> list[str]:
-    disk, given = limits.disk_mb * _MB, sum(size for _, _, size in fds.files)
-    arguments = ["--size", str(disk), "--tmpfs", "/tmp", "--size", str(disk + given + _MB), "--tmpfs", "/workspace"]
-    for fd, name, _ in fds.files:
-        arguments += ["--perms", "0644", "--file", str(fd), f"/workspace/{name}"]
-    return [*arguments, "--perms", "0444", "--file", str(fds.runner), "/runner.py"]
+    """Two folders to write to. Given files are read-only mounts: not even their owner can change or replace them."""
+    disk = str(limits.disk_mb * _MB)
+    arguments = ["--size", disk, "--tmpfs", "/tmp", "--size", str((limits.disk_mb + 1) * _MB), "--tmpfs", "/workspace"]
+    for fd, name in fds.copies:
+        arguments += ["--perms", "0444", "--ro-bind-data", str(fd), f"/workspace/{name}"]
+    for path in fds.bound:
+        arguments += ["--ro-bind", str(path), f"/workspace/{path.name}"]
+    for fd, inside in fds.programs:
+        arguments += ["--perms", "0444", "--file", str(fd), inside]
+    return arguments
 
 
 def bwrap_command(bwrap: str, interpreter: Interpreter, limits: Limits, args_fd: int, channel_fd: int) -> list[str]:
     """What to execute: /proc/1/cmdline shows it inside, so the host's paths are in the `--args` file instead."""
-    python = [
-        interpreter.path,
-        "-I",
-        "-S",
-        "-B",
-        "-X",
-        "utf8",
-        "/runner.py",
-        str(channel_fd),
-        json.dumps(limits.rlimits()),
-    ]
+    settings = runner_settings(limits.rlimits(), _packages_inside(interpreter), lowered=[1])
+    python = [interpreter.path, "-I", "-S", "-B", "-X", "utf8", RUNNER, str(channel_fd), json.dumps(settings)]
     return [bwrap, "--args", str(args_fd), "--", *python]
 
 
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A bubblewrap that is starting, and the host's ends: to talk, to read its output, to learn its pid."""
-
-    process: subprocess.Popen[bytes]
-    channel: socket.socket
-    output: int
-    info: int
-
-
-def launch(bwrap: str, interpreter: Interpreter, limits: Limits, files: Sequence[Path]) -> Launched:
-    """Start bubblewrap; it and the runner come up on their own. Raises `SandboxError`.
-
-    Call it in a thread that lives as long as the sandbox: the kernel's parent-death signal, which ends the sandbox when
-    thinkloop dies, is sent when the starting thread ends.
-    """
-    with ExitStack() as kept, ExitStack() as handed:
-        channel, guest = socket.socketpair()
-        kept.callback(channel.close)
-        handed.callback(guest.close)
-        output, output_end = _pipe(kept, handed)
-        info, info_end = _pipe(kept, handed)
-        copies = [_open_file(path, handed) for path in files]
-        runner = _in_memory(Path(__file__).with_name("sandbox_runner.py").read_bytes(), handed)
-        fds = Descriptors(runner, _in_memory(seccomp.build_filter(), handed), guest.fileno(), info_end, copies)
-        arguments = "\0".join(bwrap_arguments(interpreter, limits, fds)).encode()
-        args_fd = _in_memory(arguments, handed)
-        command = bwrap_command(bwrap, interpreter, limits, args_fd, fds.channel)
-        passed = [args_fd, fds.runner, fds.seccomp, fds.channel, fds.info, *(fd for fd, _, _ in copies)]
-        process = _popen(command, output_end, passed)
-        kept.pop_all()
-        return Launched(process, channel, output, info)
-
-
-def kill_starting(process: subprocess.Popen[bytes]) -> None:
-    """Kill a bubblewrap that may still be setting up, and its child, which asks to die with its parent only later.
-
-    Killing bubblewrap alone would leave the child waiting for it for ever; so stop it first: then nothing is missed.
-    """
-    with suppress(ProcessLookupError, ChildProcessError):
-        process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        for pid in list(process_tree(process.pid)):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _popen(command: list[str], output: int, passed: list[int]) -> subprocess.Popen[bytes]:
-    """With no environment, because pid 1 inside keeps showing it, and not in the group that Ctrl-C signals."""
-    uid = fresh_uid()
-    try:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={},
-            cwd="/",
-            pass_fds=passed,
-            start_new_session=True,
-            user=uid,
-            group=uid,
-            extra_groups=None if uid is None else [],
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise SandboxError(explain_failure(command[0], str(error))) from error
-
-
-def _pipe(kept: ExitStack, handed: ExitStack) -> tuple[int, int]:
-    ours, theirs = os.pipe()
-    kept.callback(os.close, ours)
-    handed.callback(os.close, theirs)
-    return ours, theirs
-
-
-def _in_memory(data: bytes, stack: ExitStack) -> int:
-    fd = os.memfd_create("thinkloop")
-    stack.callback(os.close, fd)
-    os.write(fd, data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
-
-
-def _open_file(path: Path, stack: ExitStack) -> tuple[int, str, int]:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SandboxError(f"{path} can't be copied into the sandbox: {error.strerror}.") from error
-    stack.callback(os.close, fd)
-    return fd, path.name, os.fstat(fd).st_size
+def runner_settings(rlimits: dict[str, int], packages: Sequence[str] = (), lowered: Sequence[int] = ()) -> Json:
+    """What the runner is told. `packages` are for the Python version of this process only; `lowered` are processes
+    besides the runner itself that get the limits."""
+    version = list(sys.version_info[:2])
+    return {"rlimits": rlimits, "lowered": list(lowered), "packages": list(packages), "version": version}

@@ -51,7 +51,11 @@ def _proportional(pid: int) -> int:
 
 
 def _inode_bytes(pid: int) -> int:
+    """What the empty files of the scratch folders cost; a process that sees the host's own folders has none."""
     total = 0
+    with suppress(OSError):
+        if Path(f"/proc/{pid}/ns/mnt").stat().st_ino == Path("/proc/self/ns/mnt").stat().st_ino:
+            return 0
     for mount in ("tmp", "workspace", "dev/shm"):
         with suppress(OSError):
             stat = os.statvfs(f"/proc/{pid}/root/{mount}")
@@ -109,17 +113,41 @@ class Watchdog(Thread):
 def delegated_cgroup(
     mounts: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> Path | None:
-    """This process's cgroup (version 2) if it was handed over with the memory and pids controllers, else `None`.
+    """A cgroup (version 2) in which sessions may get groups of their own, with the memory and pids controllers, else
+    `None`.
 
-    Being root isn't a delegation: a group whose manager hasn't enabled both controllers for its children is left alone.
+    That is this process's group, or its parent if systemd marked that as handed over: the kernel refuses children with
+    controllers to a group that has processes itself. Being root isn't a delegation: a group whose manager hasn't enabled
+    both controllers for its children is left alone.
     """
     try:
         own = next(line[3:] for line in membership.read_text().splitlines() if line.startswith("0::"))
-        folder = mounts / own.lstrip("/")
-        enabled = set((folder / "cgroup.subtree_control").read_text().split())
     except (OSError, StopIteration):
         return None
-    return folder if {"memory", "pids"} <= enabled and os.access(folder, os.W_OK) else None
+    folder = mounts / own.lstrip("/")
+    if _has_controllers(folder):
+        return folder
+    if folder == mounts or not _handed_over(folder.parent):
+        return None
+    with suppress(OSError), (folder.parent / "cgroup.subtree_control").open("r+") as control:
+        control.write("+memory +pids")
+    return folder.parent if _has_controllers(folder.parent) else None
+
+
+def _has_controllers(group: Path) -> bool:
+    """Whether children of `group` can be bounded, and we may make them."""
+    try:
+        enabled = set((group / "cgroup.subtree_control").read_text().split())
+    except OSError:
+        return False
+    return {"memory", "pids"} <= enabled and os.access(group, os.W_OK)
+
+
+def _handed_over(group: Path) -> bool:
+    for mark in ("user.delegate", "trusted.delegate"):
+        with suppress(OSError):
+            return os.getxattr(group, mark) == b"1"
+    return False
 
 
 def join_cgroup(parent: Path, pids: list[int], memory: int, processes: int) -> Path | None:

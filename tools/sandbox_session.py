@@ -1,7 +1,7 @@
-"""One living sandbox: started, asked to run cells, interrupted, ended. Everything that comes out of it is hostile data.
+"""One living sandbox: started, asked to run cells and to hand over files, interrupted, ended.
 
-User code shares its process with the runner that answers, so a reply proves nothing: it is size-capped, checked for
-shape, never unpickled, and what goes wrong with it ends the session.
+Files come out as bytes that the runner reads inside and sends in frames. The host opens nothing in there, so links, pipes,
+devices and files swapped while they are read can't be turned against it.
 """
 
 from __future__ import annotations
@@ -9,44 +9,33 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import select
 import signal
-import struct
 import subprocess
 import time
+from binascii import Error as Base64Error
+from binascii import a2b_base64
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import anyio
 import anyio.to_thread
-from thinkloop.tools.sandbox import (
-    Interpreter,
-    Limits,
-    SandboxError,
-    explain_failure,
-    find_bwrap,
-    interpreters,
-    kill_starting,
-    launch,
-)
+from thinkloop.tools.sandbox import Interpreter, Limits, SandboxError, explain_failure, find_bwrap, interpreters
+from thinkloop.tools.sandbox_channel import Broken, Channel, Printed
+from thinkloop.tools.sandbox_launch import Launched, kill_starting, launch
 from thinkloop.tools.sandbox_limits import Watchdog, delegated_cgroup, join_cgroup, leave_cgroup, process_tree
 from thinkloop.traces.events import Json
 
 GRACE = 1.0  # seconds between the interrupt and the end
 START_SECONDS = 10.0
-FRAME_CAP = 8 * 1024 * 1024  # the runner clips a text to 500,000 characters, at most 12 bytes each in JSON
-PRINT_CAP = 1024 * 1024  # bytes of output kept, half from the start, half from the end
+PIECE = 1 << 20  # bytes of a file that are asked for at a time
+PIECE_SECONDS = 5.0
 FLOOD = 64 * 1024 * 1024  # bytes of output after which a cell is stopped
-_READ = 1 << 16
+_LISTED = 200  # more pictures or files than the runner ever names
 
 Stop = Literal["", "time", "output"]
-
-
-class _Broken(Exception):
-    """The session can't go on; the message is the reason."""
 
 
 class _Flood(Exception):
@@ -55,10 +44,16 @@ class _Flood(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the runner claims: the value's `repr`, or the error's traceback."""
+    """What the runner claims: the value's `repr` or the error's traceback, and what the cell drew and wrote."""
 
     value: str | None = None
     error: str | None = None
+    pictures: tuple[tuple[str, int], ...] = ()
+    """Extension (`png`, `svg`) and size in bytes; a picture is asked for by its index."""
+    files: tuple[tuple[str, int], ...] = ()
+    """Path in the working folder and size in bytes of what is new or changed."""
+    more: int = 0
+    """Changed files that aren't named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,52 +68,28 @@ class Cell:
     seconds: float = 0.0
 
 
-@dataclass(slots=True)
-class Printed:
-    """Output as it comes: the first and the last half of `PRINT_CAP`, and a count of all bytes."""
-
-    total: int = 0
-    head: bytearray = field(default_factory=bytearray)
-    tail: bytearray = field(default_factory=bytearray)
-
-    def feed(self, data: bytes) -> None:
-        room = PRINT_CAP // 2 - len(self.head)
-        self.total += len(data)
-        self.head += data[:room]
-        self.tail += data[room:]
-        if len(self.tail) > PRINT_CAP:
-            del self.tail[: -PRINT_CAP // 2]
-
-    def parts(self) -> tuple[str, str, int]:
-        """Head, tail, and how many bytes were dropped between them."""
-        if dropped := self.total - len(self.head) - len(self.tail):
-            return self.head.decode("utf-8", "replace"), self.tail.decode("utf-8", "replace"), dropped
-        return (self.head + self.tail).decode("utf-8", "replace"), "", 0
-
-
 class Session:
     """A sandboxed Python process with its variables, from `start` to `end`. See `launch` for which thread to use."""
 
+    isolation: ClassVar[str] = "bubblewrap"
+
     def __init__(self, interpreter: Interpreter, limits: Limits, files: Sequence[Path] = ()) -> None:
         self.interpreter, self.limits, self.python, self.sum_limit, self.cells = interpreter, limits, "", "watchdog", 0
-        self._bwrap = find_bwrap()
-        launched = launch(self._bwrap, interpreter, limits, files)
-        self._process, self._channel = launched.process, launched.channel
-        self._output, self._info = launched.output, launched.info
-        self._buffer, self._printed, self._lost, self._ended = bytearray(), Printed(), "", False
+        self.runner = 0
+        """The runner's process, by the host's number; 0 until it is ready."""
+        self._lost, self._ended = "", False
+        self._pidfds: list[int] = []  # of what to kill, then of what to interrupt
         self._stop: Stop = ""
-        self._pidfds: list[int] = []  # pid 1 of the inside, then the runner
         self._watchdog: Watchdog | None = None
         self._cgroup: Path | None = None
-        self._epoll = select.epoll()
-        for source in (self._channel.fileno(), self._output):
-            os.set_blocking(source, False)
-            self._epoll.register(source, select.EPOLLIN)
+        launched = self._launch(files)
+        self._process, self._info = launched.process, launched.info
+        self._channel = Channel(launched.channel, launched.output)
 
     @property
     def lost(self) -> str:
         """Why this session can't be used any more; empty while it can."""
-        if not self._lost and self._process.poll() is not None:
+        if not self._lost and self._has_ended():
             self._lose("the Python process ended")
         return self._lost
 
@@ -127,8 +98,8 @@ class Session:
         try:
             with anyio.fail_after(START_SECONDS):
                 while not self.python and not self._greeted():
-                    await anyio.wait_readable(self._epoll)
-        except (TimeoutError, _Broken) as error:
+                    await self._channel.readable()
+        except (TimeoutError, Broken) as error:
             raise await anyio.to_thread.run_sync(self._failure, error) from None
 
     def ready_blocking(self) -> None:
@@ -136,9 +107,9 @@ class Session:
         until = time.monotonic() + START_SECONDS
         try:
             while not self._greeted():
-                if not select.select([self._epoll], [], [], max(0.0, until - time.monotonic()))[0]:
-                    raise _Broken
-        except _Broken as error:
+                if not self._channel.readable_within(until - time.monotonic()):
+                    raise Broken
+        except Broken as error:
             raise self._failure(error) from None
 
     async def execute(self, code: str, timeout: float) -> Cell:
@@ -147,16 +118,30 @@ class Session:
         Cancelling interrupts the cell the same way, and `lost` tells whether the variables survived.
         """
         self.cells += 1
-        self._printed, self._stop, started, reply = Printed(), "", time.perf_counter(), Reply()
-        self._pace(busy=True)
+        self._channel.printed, started, reply = Printed(), time.perf_counter(), Reply()
         try:
-            reply = await self._converse(code, timeout)
-        except _Broken as error:
+            reply = _reply(await self._ask({"cell": self.cells, "code": code}, timeout))
+        except Broken as error:
             self._lose(str(error))
         finally:
-            self._pace(busy=False)
-            self._drain()
-        return Cell(self.cells, self._printed, reply, self._stop, self._lost, time.perf_counter() - started)
+            self._channel.drain()
+        seconds = time.perf_counter() - started
+        return Cell(self.cells, self._channel.printed, reply, self._stop, self._lost, seconds)
+
+    async def piece(self, what: int | str, offset: int) -> bytes:
+        """Up to `PIECE` bytes of a picture (by index) or a file (by path) that the last reply named.
+
+        Empty at its end, and where it is gone or the session was lost. The bytes are what the inside says they are.
+        """
+        try:
+            message = await self._ask({"take": what, "offset": offset, "size": PIECE}, PIECE_SECONDS)
+            data = a2b_base64(message.get("data", ""), strict_mode=True)
+            if len(data) > PIECE:
+                raise Broken("it sent a reply that the runner doesn't send")
+        except (Broken, Base64Error, TypeError, ValueError) as error:
+            self._lose(str(error) if isinstance(error, Broken) else "it sent a reply that the runner doesn't send")
+            return b""
+        return data
 
     def end(self) -> None:
         """Kill everything inside and free what belongs to it. Blocks for a few milliseconds; may be called twice."""
@@ -170,17 +155,21 @@ class Session:
             self._watchdog.join()
         if self._cgroup:
             leave_cgroup(self._cgroup)
-        self._epoll.close()
         self._channel.close()
-        for fd in (self._output, self._info, *self._pidfds):
-            os.close(fd)
+        for fd in (self._info, *self._pidfds):
+            if fd >= 0:
+                os.close(fd)
 
     # Starting
 
+    def _launch(self, files: Sequence[Path]) -> Launched:
+        self._bwrap = find_bwrap()
+        return launch(self._bwrap, self.interpreter, self.limits, files)
+
     def _greeted(self) -> bool:
         """Whether the runner has said hello, which is before any user code runs; then take hold of its processes."""
-        self._pump()
-        message = self._take_frame()
+        self._channel.pump()
+        message = self._channel.take_frame()
         if message is None:
             return False
         self._take_hold()
@@ -189,11 +178,11 @@ class Session:
 
     def _take_hold(self) -> None:
         try:
-            inside = int(json.loads(os.read(self._info, 4096))["child-pid"])
-            runner = int(Path(f"/proc/{inside}/task/{inside}/children").read_text().split()[0])
-            self._pidfds += [os.pidfd_open(inside), os.pidfd_open(runner)]
+            inside, self.runner = self._processes()
+            self._pidfds += [os.pidfd_open(inside), os.pidfd_open(self.runner)]
         except (OSError, ValueError, LookupError) as error:
-            raise _Broken(f"its processes can't be seen in /proc ({error})") from error
+            raise Broken(f"its processes can't be seen in /proc ({error})") from error
+        self._channel.watch(self._pidfds[1])
         if group := delegated_cgroup():
             pids = list(process_tree(self._process.pid))
             self._cgroup = join_cgroup(group, pids, self.limits.total_bytes, self.limits.processes + 8)
@@ -201,20 +190,37 @@ class Session:
         self._watchdog = Watchdog(inside, self.limits.total_bytes, self._lose)
         self._watchdog.start()
 
+    def _processes(self) -> tuple[int, int]:
+        """Pid 1 of the inside, and the runner, by the host's numbers."""
+        inside = int(json.loads(os.read(self._info, 4096))["child-pid"])
+        return inside, int(Path(f"/proc/{inside}/task/{inside}/children").read_text().split()[0])
+
     def _failure(self, error: Exception) -> SandboxError:
         self._reap()
-        self._drain()
-        said = self._printed.parts()[0] or str(error) or f"no answer after {START_SECONDS:.0f} s"
+        self._channel.drain()
+        said = self._channel.printed.parts()[0] or str(error) or f"no answer after {START_SECONDS:.0f} s"
         self.end()
-        return SandboxError(explain_failure(self._bwrap, said))
+        return SandboxError(self._explain(said))
 
-    # One cell
+    def _explain(self, said: str) -> str:
+        return explain_failure(self._bwrap, said)
 
-    async def _converse(self, code: str, timeout: float) -> Reply:
+    # One request
+
+    async def _ask(self, request: Json, timeout: float) -> Json:
+        """The runner's answer within `timeout` seconds, or within `GRACE` of being interrupted; `Broken` if none comes."""
         nonce = secrets.token_hex(16)
+        self._pace(busy=True)
+        try:
+            return await self._exchange({"nonce": nonce, **request}, nonce, timeout)
+        finally:
+            self._pace(busy=False)
+
+    async def _exchange(self, request: Json, nonce: str, timeout: float) -> Json:
+        self._stop = ""
         try:
             with anyio.move_on_after(timeout):
-                await self._send({"nonce": nonce, "cell": self.cells, "code": code})
+                await self._channel.send(request)
                 return await self._receive(nonce)
             self._stop = "time"
         except _Flood:
@@ -224,100 +230,37 @@ class Session:
             raise
         return await self._settle(nonce)
 
-    async def _settle(self, nonce: str) -> Reply:
-        """Interrupt the cell and wait for its reply; `_Broken` if none comes."""
+    async def _settle(self, nonce: str) -> Json:
+        """Interrupt the cell and wait for its reply; `Broken` if none comes."""
         self._signal(signal.SIGINT)
         with anyio.move_on_after(GRACE, shield=True):
             return await self._receive(nonce, flood=False)
-        raise _Broken("it did not stop when interrupted")
+        raise Broken("it did not stop when interrupted")
 
     async def _settle_cancelled(self, nonce: str) -> None:
         try:
             await self._settle(nonce)
-        except _Broken as error:
+        except Broken as error:
             self._lose(str(error))
 
-    async def _send(self, message: Json) -> None:
-        data = json.dumps(message).encode()
-        data = struct.pack(">I", len(data)) + data
-        self._pump()
-        if self._buffer:
-            raise _Broken("it sent a reply that nobody had asked for")
-        while data:
-            try:
-                data = data[self._channel.send(data) :]
-            except BlockingIOError:
-                await anyio.wait_writable(self._channel)
-            except OSError:
-                raise _Broken("the Python process ended") from None
-
-    async def _receive(self, nonce: str, flood: bool = True) -> Reply:
-        while (message := self._take_frame()) is None:
-            await anyio.wait_readable(self._epoll)
-            self._pump()
-            if flood and self._printed.total > FLOOD:
+    async def _receive(self, nonce: str, flood: bool = True) -> Json:
+        while (message := self._channel.take_frame()) is None:
+            await self._channel.readable()
+            self._channel.pump()
+            if flood and self._channel.printed.total > FLOOD:
                 raise _Flood
-        return self._checked(message, nonce)
-
-    def _checked(self, message: Json, nonce: str) -> Reply:
-        texts = (message.get("value"), message.get("error"))
-        if (
-            message.get("nonce") != nonce
-            or self._buffer
-            or not all(text is None or isinstance(text, str) for text in texts)
-        ):
-            raise _Broken("it sent a reply that the runner doesn't send")
-        return Reply(*texts)
-
-    # Bytes
-
-    def _pump(self) -> None:
-        """Take in what has arrived, without waiting."""
-        for source, _ in self._epoll.poll(0):
-            if source == self._output:
-                if not self._read_output():
-                    self._epoll.unregister(self._output)
-                continue
-            try:
-                data = self._channel.recv(_READ)
-            except OSError:
-                data = b""
-            if not data:
-                raise _Broken("the Python process ended")
-            self._buffer += data
-
-    def _read_output(self) -> bool:
-        """Whether there was something to read."""
-        try:
-            data = os.read(self._output, _READ)
-        except BlockingIOError:
-            return False
-        self._printed.feed(data)
-        return bool(data)
-
-    def _drain(self) -> None:
-        """What was printed before the reply is in the pipe by now: at most 1 MB, the most a user may make it hold."""
-        for _ in range(16):
-            if not self._read_output():
-                return
-
-    def _take_frame(self) -> Json | None:
-        if len(self._buffer) < 4:
-            return None
-        (size,) = struct.unpack_from(">I", self._buffer)
-        if size > FRAME_CAP:
-            raise _Broken("it sent a reply that is too large")
-        if len(self._buffer) < 4 + size:
-            return None
-        body = bytes(self._buffer[4 : 4 + size])
-        del self._buffer[: 4 + size]
-        return _decode(body)
+        if message.get("nonce") != nonce or self._channel.buffer:
+            raise Broken("it sent a reply that the runner doesn't send")
+        return message
 
     # Ending
 
     def _pace(self, busy: bool) -> None:
         if self._watchdog:
             self._watchdog.watch(busy)
+
+    def _has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def _lose(self, reason: str) -> None:
         """Record the first reason and kill. Also called by the watchdog's thread, so it does nothing that blocks."""
@@ -343,14 +286,22 @@ class Session:
             self._process.wait()
 
 
-def _decode(body: bytes) -> Json:
-    try:
-        message = json.loads(body)
-    except (ValueError, RecursionError):
-        message = None
-    if not isinstance(message, dict):
-        raise _Broken("it sent a reply that the runner doesn't send")
-    return message
+def _reply(message: Json) -> Reply:
+    """The answer to a cell, checked for shape. Raises `Broken`."""
+    value, error, more = message.get("value"), message.get("error"), message.get("more", 0)
+    if not all(text is None or isinstance(text, str) for text in (value, error)) or type(more) is not int:
+        raise Broken("it sent a reply that the runner doesn't send")
+    return Reply(value, error, _named(message.get("pictures", [])), _named(message.get("files", [])), more)
+
+
+def _named(rows: Any) -> tuple[tuple[str, int], ...]:
+    if not isinstance(rows, list) or len(rows) > _LISTED or not all(map(_is_named, rows)):
+        raise Broken("it sent a reply that the runner doesn't send")
+    return tuple((name, size) for name, size in rows)
+
+
+def _is_named(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and type(row[1]) is int and row[1] >= 0
 
 
 async def start(limits: Limits, files: Sequence[Path] = ()) -> Session:

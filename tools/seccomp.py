@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import platform
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _AND, _RETURN = (
     0x20,
@@ -104,18 +104,24 @@ def supported() -> bool:
     return platform.machine() in _ARCHITECTURES
 
 
-def build_filter(machine: str | None = None) -> bytes:
-    """The filter as `struct sock_filter[]` for `bwrap --seccomp`. Raises `KeyError` for an unknown architecture."""
+def build_filter(machine: str | None = None, *, needed: Collection[str] = ()) -> bytes:
+    """The filter as `struct sock_filter[]` for `bwrap --seccomp`. `needed` names calls, of those that are denied or
+    looked into, that are let through after all. Raises `KeyError` for an unknown architecture."""
     arch, column = _ARCHITECTURES[machine or platform.machine()]
-    numbers = {name: row[column] for name, row in _SPECIAL.items()}
     program = _guard_architecture(arch) + _deny_newer()
-    program += _on(numbers["mmap"], _check_mmap()) + _on(numbers["ioctl"], _check_ioctl())
-    program += _on(numbers["clone"], _check_clone()) + _on(numbers["clone3"], [_fail(errno.ENOSYS)])
-    for name in ("socket", "socketpair"):
-        program += _on(numbers[name], _check_socket_family())
-    for number in sorted(row[column] for row in _DENIED.values() if row[column]):
+    for name, body in _looked_into().items():
+        program += _on(_SPECIAL[name][column], body) if name not in needed else []
+    for number in sorted(row[column] for name, row in _DENIED.items() if row[column] and name not in needed):
         program += _on(number, [_fail(errno.EPERM)])
     return b"".join([*program, _ret(_ALLOW)])
+
+
+def _looked_into() -> dict[str, Program]:
+    families = _check_socket_family()
+    return {
+        "mmap": _check_mmap(), "ioctl": _check_ioctl(), "clone": _check_clone(), "clone3": [_fail(errno.ENOSYS)],
+        "socket": families, "socketpair": families,
+    }  # fmt: skip
 
 
 def _op(code: int, k: int, yes: int = 0, no: int = 0) -> bytes:

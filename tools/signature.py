@@ -6,10 +6,12 @@ pydantic does both. It is imported when the first tool is defined, not before.
 from __future__ import annotations
 
 import inspect
+import math
 import typing
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, get_args, get_origin
 
 from thinkloop.tools.tool import ToolError
@@ -27,6 +29,8 @@ class Parameters:
     schema: Json
     _model: Any
     _positional_only: tuple[str, ...]
+    _always: frozenset[str]
+    """Parameters whose default stands in a pydantic `Field`: the function can't fill it in itself."""
 
     def bind(self, arguments: Json) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments, converted. Parameters that were not given are left to the function's own
@@ -38,7 +42,7 @@ class Parameters:
         except ValidationError as error:
             raise ToolError(f"The arguments don't fit: {_told(error)}.") from None
         given = {field.alias: getattr(model, key) for key, field in self._model.model_fields.items()
-                 if key in model.model_fields_set}  # fmt: skip
+                 if key in model.model_fields_set or field.alias in self._always}  # fmt: skip
         return [given.pop(name) for name in self._positional_only if name in given], given
 
 
@@ -47,22 +51,47 @@ def read_signature(
 ) -> Parameters:
     """The parameters of `function`. `notes` describe them by name; `scope` holds the names that annotations written as
     text may mean besides the function's globals. Raises `DefinitionError`."""
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters(function)
     hints = _hints(function, tool_name, scope)
     fields: dict[str, Any] = {}
     for at, (name, parameter) in enumerate(parameters.items()):
         _check_kind(tool_name, parameter)
         if name not in hints:
-            raise DefinitionError(f"`{tool_name}`: parameter `{name}` has no annotation, so the model can't be told "
-                                  f"what to pass. Annotate it, for example `{name}: str`.")  # fmt: skip
+            raise DefinitionError(_not_annotated(tool_name, name, is_first=at == 0))
         fields[f"arg_{at}"] = _field(tool_name, parameter, _portable(hints[name]), notes.get(name))
     model = _model(tool_name, fields)
     positional = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY)
-    return Parameters(_schema(tool_name, model), model, positional)
+    always = frozenset(name for name, parameter in parameters.items() if _is_field(parameter.default))
+    return Parameters(_schema(tool_name, model), model, positional, always)
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """What a model may pass: what a `functools.partial` has set by name stays set."""
+    fixed = function.keywords if isinstance(function, partial) else {}
+    try:
+        parameters = inspect.signature(function).parameters
+    except (ValueError, TypeError) as error:
+        raise DefinitionError(f"{function!r} has no signature that can be read ({error}): write a typed function that "
+                              "calls it.") from None  # fmt: skip
+    return {name: parameter for name, parameter in parameters.items() if name not in fixed}
+
+
+def _not_annotated(tool_name: str, name: str, *, is_first: bool) -> str:
+    if name == "self" and is_first:
+        return (f"`{tool_name}` is a method, which needs its object: make the tool from the object, as in "
+                f"`tool(thing.{tool_name})`, or of a function.")  # fmt: skip
+    return (f"`{tool_name}`: parameter `{name}` has no annotation, so the model can't be told what to pass. Annotate "
+            f"it, for example `{name}: str`.")  # fmt: skip
+
+
+def _is_field(default: object) -> bool:
+    from pydantic.fields import FieldInfo
+
+    return isinstance(default, FieldInfo)
 
 
 def _hints(function: Callable[..., Any], tool_name: str, scope: Mapping[str, Any]) -> dict[str, Any]:
-    plain = inspect.unwrap(function)
+    plain = inspect.unwrap(function.func if isinstance(function, partial) else function)
     plain = plain if inspect.isroutine(plain) else type(plain).__call__
     try:
         return typing.get_type_hints(plain, localns=dict(scope), include_extras=True)
@@ -84,9 +113,21 @@ def _field(tool_name: str, parameter: inspect.Parameter, hint: Any, note: str | 
 
     default = ... if parameter.default is parameter.empty else parameter.default
     described = _note(hint) or note
+    if _is_field(default):
+        hint, default = _from_field(hint, default)
     hint = Annotated[hint, Field(description=described)] if described else hint
     _check_type(tool_name, parameter.name, hint)
     return hint, Field(default, alias=parameter.name)
+
+
+def _from_field(hint: Any, given: Any) -> tuple[Any, Any]:
+    """`x: int = Field(3, ge=1)` as a type with its bounds, and the default."""
+    from pydantic import Field
+
+    default = ... if given.is_required() else given.get_default(call_default_factory=True, validated_data={})
+    described = [Field(description=given.description)] if given.description else []
+    extras = (*given.metadata, *described)
+    return (Annotated[(hint, *extras)] if extras else hint), default
 
 
 def _note(hint: Any) -> str | None:
@@ -98,12 +139,13 @@ def _note(hint: Any) -> str | None:
 def _check_type(tool_name: str, name: str, hint: Any) -> None:
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
+    from pydantic_core import SchemaError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             TypeAdapter(hint).json_schema()
-    except (PydanticUserError, TypeError, RecursionError) as error:
+    except (PydanticUserError, SchemaError, TypeError, RecursionError) as error:
         shown = getattr(hint, "__name__", None) or str(hint)
         why = str(error).splitlines()[0].rstrip(".")
         raise DefinitionError(f"`{tool_name}`: parameter `{name}` has type `{shown}`, which JSON can't carry ({why}). "
@@ -139,8 +181,13 @@ def _without_titles(schema: Any) -> Any:
         return [_without_titles(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    kept = {key: value for key, value in schema.items() if key != "title"}
+    kept = {key: value for key, value in schema.items() if key != "title" and not _is_no_json(key, value)}
     return {key: _without_titles_in(key, value) for key, value in kept.items()}
+
+
+def _is_no_json(key: str, value: Any) -> bool:
+    """A default that is infinite or no number; the function still has it."""
+    return key == "default" and isinstance(value, float) and not math.isfinite(value)
 
 
 def _without_titles_in(key: str, value: Any) -> Any:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from thinkloop.traces.events import Json, ThinkloopError
+from thinkloop.traces.events import Attachment, Json, ThinkloopError
+
+__all__ = ["Attachment", "Effect", "Output", "Tool", "ToolError", "Toolset", "declaration"]
 
 Effect = Literal["read", "write"]
 
@@ -17,12 +19,14 @@ class ToolError(ThinkloopError):
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a tool gives back: `content` for the model, `display` for the person (empty: the content), `record` for the trace."""
+    """What a tool gives back: `content` for the model, `display` for the person (empty: the content), `record` and
+    `files` for the trace."""
 
     content: str
     display: str = ""
     record: Json = field(default_factory=dict)
     ok: bool = True
+    files: tuple[Attachment, ...] = ()
 
 
 @runtime_checkable
@@ -31,6 +35,7 @@ class Tool(Protocol):
 
     `parameters` is a JSON Schema of type object; `effect` says whether calls may run side by side (`read`) or one after
     the other (`write`); `deadline` is in seconds; `budget` is the most tokens that one result may put into the context.
+    A tool with a true attribute `paged` has its own way to read on in a long result; for the others there is `read_result`.
     """
 
     @property
@@ -53,7 +58,10 @@ class Tool(Protocol):
 
 @runtime_checkable
 class Toolset(Protocol):
-    """Tools that share a resource (an index, a sandbox) which lives as long as the run: an async context manager."""
+    """Tools that share a resource (an index, a sandbox) which lives as long as the run: an async context manager.
+
+    An attribute `notes`, a list of texts, tells the person what is to be known before the run.
+    """
 
     def tools(self) -> Sequence[Tool]: ...
     async def __aenter__(self) -> Any: ...

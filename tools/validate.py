@@ -32,9 +32,12 @@ MAX_WORK = 300_000
 """Keyword evaluations and the items they go through, in one check."""
 MAX_SECONDS = 1.0
 MAX_ERRORS = 50
+QUICK_WORK = 200_000
+"""Objects of a schema times characters of arguments, up to which a check is quick."""
 MAX_INT_BITS = 4096
 
 _DATA = ("const", "enum", "default", "examples")
+_UNBOUNDED = frozenset(("pattern", "patternProperties", "$ref", "$dynamicRef"))
 
 
 class _Refused(Exception):
@@ -58,6 +61,24 @@ def check_arguments(schema: Json, arguments: object) -> str | None:
     return explained(errors) if errors else None
 
 
+def misfits(schema: Json, arguments: object) -> list[tuple[str | int, ...]] | None:
+    """The places in `arguments` that don't fit `schema`; None when that can't be told. Never raises."""
+    compiled = _compiled(schema)
+    if compiled.problem:
+        return None
+    try:
+        _measure(arguments, "the arguments", MAX_VALUE_NODES, MAX_VALUE_CHARS)
+        return [tuple(error.absolute_path) for error in _errors(compiled.validator, arguments)]
+    except _Refused:
+        return None
+
+
+def is_quick(schema: Json, chars: int) -> bool:
+    """Whether checking arguments of so many characters takes a few ms at most; if not, it belongs in a thread."""
+    compiled = _compiled(schema)
+    return bool(compiled.problem) or chars * compiled.weight <= QUICK_WORK
+
+
 def check_schema(schema: Json) -> str | None:
     """None if `schema` can be checked against, else what is wrong with it, for the person who wrote the tool."""
     return _compiled(schema).problem or None
@@ -65,8 +86,11 @@ def check_schema(schema: Json) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
+    """`weight` is the number of objects in the schema, or far more where it holds patterns or references."""
+
     problem: str
     validator: Any = None
+    weight: int = 0
 
 
 _by_identity: OrderedDict[int, tuple[Json, _Compiled]] = OrderedDict()
@@ -119,7 +143,13 @@ def _compile(schema: Any) -> _Compiled:
     except RecursionError:
         return _Compiled("it is nested too deeply")
     registry: Registry[Any] = Registry(retrieve=_not_fetched)  # type: ignore[call-arg]  # the same
-    return _Compiled("", _guarded()(own, registry=registry))
+    return _Compiled("", _guarded()(own, registry=registry), _weight(own))
+
+
+def _weight(schema: Json) -> int:
+    nodes = [node for node, is_data in _objects(schema) if not is_data]
+    unbounded = any(not _UNBOUNDED.isdisjoint(node) for node in nodes)
+    return QUICK_WORK if unbounded else len(nodes)
 
 
 def _not_fetched(uri: str) -> Any:

@@ -7,7 +7,7 @@ this version doesn't know becomes `Unknown`, never an error, so that an older re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 Json = dict[str, Any]
@@ -93,9 +93,19 @@ class ToolCall:
     problem: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A file that came with a result: a figure, a screenshot, a document. The trace keeps `data` as a blob."""
+
+    name: str
+    media_type: str
+    data: bytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolResult:
-    """What a call gave: `content` for the model, `display` for the person (empty: same as content), `record` for the trace."""
+    """What a call gave: `content` for the model, `display` for the person (empty: same as content), `record` and `files`
+    for the trace."""
 
     type: ClassVar[str] = "tool_result"
     call_id: str
@@ -104,6 +114,7 @@ class ToolResult:
     ok: bool
     display: str = ""
     record: Json = field(default_factory=dict)
+    files: list[Attachment] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -203,6 +214,9 @@ class RunFinished:
     """Sums over the run, keys as in `Usage`."""
     sources: list[str] = field(default_factory=list)
     """Ids of the documents that were opened, in order of first opening."""
+    citations: list[Json] = field(default_factory=list)
+    """The answer's citations: `text`, `document`, `lines` (first and last), whether it `holds`, and if not the
+    `problem`."""
     seconds: float = 0.0
 
 
@@ -229,10 +243,13 @@ _CLASSES: dict[str, Any] = {
 
 
 def to_json(event: Event) -> Json:
-    """The event as a JSON object whose first key is `type`."""
+    """The event as a JSON object whose first key is `type`; the data of files stays `bytes`."""
     if isinstance(event, Unknown):
         return event.data
-    return {"type": event.type} | {f.name: getattr(event, f.name) for f in fields(event)}
+    data = {"type": event.type} | {f.name: getattr(event, f.name) for f in fields(event)}
+    if isinstance(event, ToolResult):
+        data["files"] = [asdict(file) for file in event.files]
+    return data
 
 
 def from_json(data: Mapping[str, Any]) -> Event:
@@ -241,5 +258,8 @@ def from_json(data: Mapping[str, Any]) -> Event:
     if cls is None:
         return Unknown(data=dict(data))
     known = {f.name for f in fields(cls)}
-    event: Event = cls(**{key: value for key, value in data.items() if key in known})
+    values = {key: value for key, value in data.items() if key in known}
+    if cls is ToolResult:
+        values["files"] = [Attachment(**file) for file in values.get("files", [])]
+    event: Event = cls(**values)
     return event

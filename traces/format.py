@@ -1,4 +1,4 @@
-"""The trace folder on disk: `events.jsonl`, one checksummed line an event, and `blobs/` for long strings.
+"""The trace folder on disk: `events.jsonl`, one checksummed line an event, and `blobs/` for long strings and for files.
 
 A line is `{"v":1,"seq":n,"t":wall,"mono":µs,"sum":"<16 hex>","event":{…}}` in exactly this order. Its body is the line
 with `sum` left out, and `sum` is the start of sha256(sum of the line before + body): an edit, a loss or a swap shows.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from thinkloop.traces.events import Json, ThinkloopError
 
@@ -18,11 +18,13 @@ VERSION = 1
 EVENTS = "events.jsonl"
 BLOBS = "blobs"
 BLOB_LIMIT = 4096
-"""Strings of more bytes than this go to a blob."""
+"""Strings of more bytes than this go to a blob, bytes always."""
 FIRST_SUM = "0" * 16
 
 _BLOB = "$blob"
+_BYTES = "$bytes"
 _LITERAL = "$literal"
+_MARKS = {_BLOB, _BYTES, _LITERAL}
 _LINE = re.compile(
     rb'\{"v":(?P<v>[1-9]\d{0,5}),"seq":(?P<seq>\d{1,15}),"t":(?P<t>\d+\.\d+),"mono":(?P<mono>\d{1,18}),'
     rb'"sum":"(?P<sum>[0-9a-f]{16})","event":(?P<event>\{.*\})\}'
@@ -67,21 +69,29 @@ def text_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def blob_reference(digest: str, size: int) -> Json:
-    return {_BLOB: digest, "bytes": size}
+class Reference(NamedTuple):
+    """Stands for a blob in an event. `text` says whether the blob is a string or bytes."""
+
+    digest: str
+    size: int
+    text: bool
+
+    def to_json(self) -> Json:
+        return {_BLOB if self.text else _BYTES: self.digest, "bytes": self.size}
 
 
-def parse_reference(value: Json) -> tuple[str, int] | None:
-    """Digest and size when `value` stands for a blob. Only a real digest passes: no other file can be named."""
-    digest, size = value.get(_BLOB), value.get("bytes")
+def parse_reference(value: Json) -> Reference | None:
+    """The reference when `value` stands for a blob. Only a real digest passes: no other file can be named."""
+    text = _BLOB in value
+    digest, size = value.get(_BLOB if text else _BYTES), value.get("bytes")
     if len(value) == 2 and isinstance(digest, str) and isinstance(size, int) and _SHA256.fullmatch(digest):
-        return digest, size
+        return Reference(digest, size, text)
     return None
 
 
 def escaped(value: Json) -> Json:
     """A model may write `{"$blob": …}` as an argument: marked, it's never taken for a reference of ours."""
-    return {_LITERAL: value} if _BLOB in value or _LITERAL in value else value
+    return {_LITERAL: value} if _MARKS & value.keys() else value
 
 
 def literal(value: Json) -> Any:

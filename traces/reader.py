@@ -163,19 +163,20 @@ class TraceReader:
             return {key: self._restored(item, lost) for key, item in inner.items()}
         reference = fmt.parse_reference(value)
         if reference is not None:
-            return self._blob(*reference, lost)
+            return self._blob(reference, lost)
         return {key: self._restored(item, lost) for key, item in value.items()}
 
-    def _blob(self, digest: str, size: int, lost: list[str]) -> str:
+    def _blob(self, blob: fmt.Reference, lost: list[str]) -> str | bytes:
+        """The blob, or in its place a text that says what became of it; no bytes where bytes are lost."""
         try:
-            data = fmt.blob_path(self.folder, digest).read_bytes()
+            data = fmt.blob_path(self.folder, blob.digest).read_bytes()
         except OSError:
-            lost.append(f"blob {digest} is missing")
-            return f"[lost: {size} bytes of text, blob {digest[:12]}]"
-        if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-            lost.append(f"blob {digest} was changed")
-            return f"[damaged: {size} bytes of text, blob {digest[:12]}]"
-        return data.decode("utf-8", "surrogatepass")
+            lost.append(f"blob {blob.digest} is missing")
+            return f"[lost: {blob.size} bytes of text, blob {blob.digest[:12]}]" if blob.text else b""
+        if len(data) != blob.size or hashlib.sha256(data).hexdigest() != blob.digest:
+            lost.append(f"blob {blob.digest} was changed")
+            return f"[damaged: {blob.size} bytes of text, blob {blob.digest[:12]}]" if blob.text else b""
+        return data.decode("utf-8", "surrogatepass") if blob.text else data
 
 
 class _Unreadable(Exception):

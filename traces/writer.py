@@ -135,7 +135,7 @@ class TraceWriter:
         os.close(self._descriptor)
 
     def _stored(self, value: Any) -> Any:
-        """`value` with long strings moved to blobs. What JSON can't hold is kept as its `repr`."""
+        """`value` with long strings and bytes moved to blobs. What JSON can't hold is kept as its `repr`."""
         if isinstance(value, str):
             # A character takes at most 4 bytes: most strings need no encoding to know that they are short.
             return value if len(value) * 4 <= fmt.BLOB_LIMIT else self._string(value)
@@ -145,18 +145,21 @@ class TraceWriter:
             return [item if type(item) is int else self._stored(item) for item in value]
         if value is None or isinstance(value, bool | int | float):
             return value
+        if isinstance(value, bytes):
+            return self._blob(value, text=False)
         return self._stored(repr(value))
 
     def _string(self, text: str) -> str | Json:
         data = fmt.text_bytes(text)
-        if len(data) <= fmt.BLOB_LIMIT:
-            return text
+        return text if len(data) <= fmt.BLOB_LIMIT else self._blob(data, text=True)
+
+    def _blob(self, data: bytes, *, text: bool) -> Json:
         digest = hashlib.sha256(data).hexdigest()
         path = fmt.blob_path(self.folder, digest)
         if not path.exists():
             _write_atomically(path, data)
             self._unsynced.append(path)
-        return fmt.blob_reference(digest, len(data))
+        return fmt.Reference(digest, len(data), text).to_json()
 
     def _sync_blobs(self) -> None:
         for path in self._unsynced:

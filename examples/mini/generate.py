@@ -13,8 +13,8 @@ import numpy as np
 from episodes import SYSTEM, Episode, Renderer, _json, episodes, solve_with
 from tasks import FAMILIES, make_task
 from thinkloop.engine.tokenizer import Tokenizer
-from thinkloop.tools.corpus import Search, format_hits, format_page
 from thinkloop.tools.python import Python
+from thinkloop.tools.search import Search, format_hits, format_page
 from thinkloop.tools.tool import declaration
 from world import World, make_world
 

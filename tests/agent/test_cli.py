@@ -161,7 +161,7 @@ def test_every_option_of_run_can_stand_in_the_file() -> None:
     import typer.main
 
     command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]  # typer's group isn't typed
-    assert {parameter.name for parameter in command.params} - {"task"} == RUN_OPTIONS
+    assert {parameter.name for parameter in command.params} - {"task", "unsafe_python", "mcp"} == RUN_OPTIONS
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 """Reads run side by side, writes one after the other, and results keep the order of the calls."""
 
+import json
+import time
+from typing import Any
+
 import anyio
 import pytest
-from loop_tools import SmallTool, echo, sleep
+from loop_tools import ANSWER, SmallTool, echo, ran, sleep
 from thinkloop.agent.dispatch import CALLS_PER_TURN, SIDE_BY_SIDE, Dispatcher
 from thinkloop.agent.testing import parse_arguments
 from thinkloop.tools.tool import Output, Tool
@@ -128,3 +132,110 @@ async def test_what_was_cut_short_is_told_honestly() -> None:
         "error: cancelled before it finished",
     ]
     assert dispatcher.cut_short() == []
+
+
+# Malformed arguments
+
+
+def raw_call(raw: str, name: str = "echo", problem: str | None = None) -> ToolCall:
+    arguments, found = parse_arguments(raw)
+    return ToolCall(id=f"functions.{name}:0", name=name, arguments=arguments, raw=raw, problem=problem or found)
+
+
+async def test_arguments_that_can_mean_one_thing_are_mended_for_a_read_and_both_texts_are_recorded() -> None:
+    raw = '```json\n{"text": "a",}\n```'
+    (got,) = await results([echo()], raw_call(raw))
+    assert got.ok
+    assert got.content == (
+        'you said a\n\n[note: the arguments were not as they must be and were read as {"text": "a"}]'
+    )
+    assert got.record == {"repaired": {"raw": raw, "to": {"text": "a"}}}
+
+
+async def test_values_are_mended_as_the_schema_asks() -> None:
+    schema = {"type": "object", "properties": {"text": {"type": "integer"}}, "required": ["text"]}
+    tool = echo(parameters=schema)
+    (got,) = await results([tool], raw_call('{"text": "3"}'))
+    assert got.content.startswith("you said 3\n")
+    assert got.record["repaired"] == {"raw": '{"text": "3"}', "to": {"text": 3}}
+
+
+async def test_arguments_of_a_write_are_never_mended() -> None:
+    tool = echo(effect="write")
+    for raw in ('{"text": "a",}', '```\n{"text": "a"}\n```', '{"text": "a"}}'):
+        (got,) = await results([tool], raw_call(raw))
+        assert not got.ok
+        assert got.content.startswith("error: this call of echo could not be read: ")
+        assert "repaired" not in got.record
+    assert tool.log == []
+
+
+async def test_what_a_limit_cut_off_is_never_completed() -> None:
+    tool, cut = echo(), raw_call('{"text": "a"')
+    got: list[ToolResult] = []
+
+    async def deliver(result: ToolResult) -> None:
+        got.append(result)
+
+    await Dispatcher({"echo": tool}).run([raw_call('{"text": "b",}'), cut], deliver, cut_off=True)
+    assert [result.ok for result in got] == [True, False]
+    (said_so,) = await results([tool], raw_call('{"text": "a"', problem="the call was cut off before its end"))
+    (by_itself,) = await results([tool], cut)
+    assert (said_so.ok, by_itself.ok) == (False, True)
+    script: list[Any] = [{"calls": [("echo", '{"text": "a"')], "reason": "length"}, ANSWER]
+    assert (await ran(script, [tool])).results[0].startswith("error: this call of echo could not be read")
+
+
+async def test_the_conversation_keeps_what_the_model_wrote() -> None:
+    run = await ran([{"calls": [("echo", '{"text": "a",}')]}, ANSWER], [echo()])
+    assert run.of(ToolCall)[0].raw == '{"text": "a",}'
+    assert run.model.conversations[-1][2]["tool_calls"][0]["function"]["arguments"] == '{"text": "a",}'
+    assert run.results[0].startswith("you said a\n")
+
+
+async def test_a_mended_call_counts_as_run_and_as_a_repeat_of_itself() -> None:
+    run = await ran([{"calls": [("echo", '{"text": "a",}')]}] * 5 + [ANSWER], [echo()])
+    assert "reminder" in run.results[2]
+    assert run.results[4].startswith("error: not run again")
+    assert run.end.reason == "answered"
+
+
+async def test_the_note_of_a_long_repair_is_short() -> None:
+    (got,) = await results([echo()], raw_call(json.dumps({"text": "x" * 5000})[:-1] + ",}"))
+    assert got.content.count("x") < 5000 + 400
+
+
+# Checks that take long
+
+
+async def test_a_slow_check_doesnt_hold_up_the_event_loop() -> None:
+    schema = {"type": "object", "properties": {"text": {"type": "string", "pattern": "^(a+)+$"}}}
+    gaps: list[float] = []
+
+    async def watch() -> None:
+        last = time.monotonic()
+        while True:
+            await anyio.sleep(0.005)
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch)
+        await anyio.sleep(0.02)
+        (got,) = await results([echo(parameters=schema)], raw_call(json.dumps({"text": "a" * 100_000 + "!"})))
+        group.cancel_scope.cancel()
+    assert not got.ok
+    assert "can't be checked against the pattern" in got.content
+    assert len(gaps) > 3
+    assert max(gaps) < 0.5  # 0.01 s on a quiet machine; the check itself takes about 0.3 s
+
+
+async def test_a_run_can_be_cancelled_while_arguments_are_checked() -> None:
+    definitions: Any = {"d60": {"type": "object"}}
+    for n in range(60):
+        definitions[f"d{n}"] = {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2}
+    started = time.monotonic()
+    with anyio.move_on_after(0.05) as scope:
+        await results([echo(parameters={"$defs": definitions, "$ref": "#/$defs/d0"})], call("echo", "a"))
+    assert scope.cancelled_caught
+    assert time.monotonic() - started < 0.8

@@ -14,8 +14,8 @@ from thinkloop.engine.grammar import CallGrammar
 from thinkloop.engine.parser import Parser
 from thinkloop.engine.tokenizer import DEFAULT_SPECIALS, Tokenizer
 from thinkloop.engine.vocabulary import GrammarError, Vocabulary
-from thinkloop.tools.corpus import Search
 from thinkloop.tools.python import Python
+from thinkloop.tools.search import Search
 from thinkloop.tools.tool import declaration
 from thinkloop.tools.validate import check_arguments
 from thinkloop.traces.events import Json, ToolCall

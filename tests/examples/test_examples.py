@@ -46,3 +46,23 @@ def test_a_remote_model_drives_the_same_loop_and_leaves_a_trace_to_read(tmp_path
     (trace,) = (tmp_path / "runs").iterdir()
     steps = _run(EXAMPLES / "read_trace.py", trace, cwd=tmp_path).splitlines()
     assert [line.split()[-1] for line in steps] == ["search", "answer", "1931."]
+
+
+def test_files_go_into_the_sandbox_and_come_out_of_it(tmp_path: Path) -> None:
+    output = _run(EXAMPLES / "python_files.py", cwd=tmp_path)
+    assert "{'Mekres': 7.912" in output
+    assert "[files: densest.txt (6 bytes)]" in output
+    assert "FileNotFoundError: [Errno 2] No such file or directory: '/etc/passwd'" in output
+    assert output.endswith("kept: Mekres\n")
+
+
+def test_a_page_is_opened_searched_and_pictured_and_a_private_address_refused(tmp_path: Path) -> None:
+    output = _run(EXAMPLES / "browse.py", cwd=tmp_path)
+    assert "- governor Kektas Ballil" in output
+    assert "[screenshot.png: " in output
+    assert "refused: http://169.254.169.254/latest/meta-data was not opened" in output
+
+
+def test_the_mini_model_searches_a_site_opens_its_pages_in_the_browser_and_computes(tmp_path: Path) -> None:
+    output = _run(EXAMPLES / "site_search.py", cwd=tmp_path)
+    assert output == "0.23 (answered after 6 steps; read Mekres.md, Resnir.md)\n"

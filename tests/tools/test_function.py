@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import functools
 import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NotRequired, Optional, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NewType, NotRequired, Optional, TypedDict
 
 import anyio
 import pytest
@@ -118,8 +119,15 @@ def test_a_tool_satisfies_the_contract_and_is_still_a_function() -> None:
         (Annotated[int, "how many"], {"type": "integer", "description": "how many"}),
         (Annotated[int, Field(ge=1)], {"type": "integer", "minimum": 1}),
         (datetime.date, {"type": "string", "format": "date"}),
+        (Literal["a", 1, None], {"enum": ["a", 1, None]}),
+        (set[str], {"type": "array", "items": {"type": "string"}, "uniqueItems": True}),
+        (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}),
+        (tuple[int, str], {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}],
+                           "minItems": 2, "maxItems": 2}),
+        (NewType("UserId", int), {"type": "integer"}),
+        (Any, {}),
     ],
-)
+)  # fmt: skip
 def test_types_become_schemas(annotation: Any, schema: Any) -> None:
     assert schema_of(annotation) == schema
 
@@ -185,11 +193,84 @@ def test_a_default_without_json_is_the_function_s_own_business() -> None:
     marker = object()
 
     @tool
-    def f(x: Any = marker) -> bool:
-        return x is marker
+    def f(x: Any = marker, y: float = float("nan"), z: float = float("inf")) -> bool:
+        return x is marker and y != y and z > 1e308
 
+    assert f.parameters["properties"] == {"x": {}, "y": {"type": "number"}, "z": {"type": "number"}}
     assert "required" not in f.parameters
+    assert check_schema(f.parameters) is None
     assert got(f).content == "true"
+
+
+def test_defaults_that_are_no_json_are_written_as_json() -> None:
+    @tool
+    def f(
+        day: datetime.date = datetime.date(2024, 1, 2), color: Color = Color.RED, many: tuple[int, ...] = (1,)
+    ) -> str:
+        return f"{day} {color} {many}"
+
+    properties = f.parameters["properties"]
+    assert [properties[name]["default"] for name in ("day", "color", "many")] == ["2024-01-02", "red", [1]]
+    assert got(f).content == "2024-01-02 Color.RED (1,)"
+
+
+def test_a_field_as_default_gives_bounds_description_and_default() -> None:
+    @tool
+    def f(
+        n: int = Field(3, ge=1, description="how many"),
+        words: list[str] = Field(default_factory=list),  # noqa: B008  # pydantic's way is the test
+        x: str = Field(),
+    ) -> str:
+        return f"{n} {words} {x}"
+
+    assert f.parameters["properties"]["n"] == {"type": "integer", "minimum": 1, "default": 3, "description": "how many"}
+    assert f.parameters["required"] == ["x"]
+    assert got(f, x="a").content == "3 [] a"
+    assert got(f, x="a", n=5, words=["b"]).content == "5 ['b'] a"
+    with pytest.raises(ToolError, match="`n`"):
+        got(f, x="a", n=0)
+
+
+class Tree(BaseModel):
+    n: int
+    kids: list[Tree] = []
+
+
+class Pair(NamedTuple):
+    a: int
+    b: str = "x"
+
+
+def test_types_that_refer_to_themselves_and_to_later_ones_are_read() -> None:
+    def f(tree: Tree, pair: Pair, later: list[Later]) -> str:
+        return f"{tree.kids[0].n} {pair} {later[0].v}"
+
+    arguments = {"tree": {"n": 1, "kids": [{"n": 2}]}, "pair": [1], "later": [{"v": 3}]}
+    assert check_arguments(tool(f).parameters, arguments) is None
+    assert got(f, **arguments).content == "2 Pair(a=1, b='x') 3"
+
+
+class Later(BaseModel):
+    v: int
+
+
+def part(a: int, b: str, c: float = 1.0) -> str:
+    """Puts together.
+
+    Args:
+        b: The second.
+    """
+    return f"{a} {b} {c}"
+
+
+@pytest.mark.parametrize("made", [functools.partial(part, 1), functools.partial(part, a=1)])
+def test_what_a_partial_has_set_is_not_the_model_s_to_set(made: Any) -> None:
+    wrapped = tool(made)
+    assert (wrapped.name, wrapped.description) == ("part", "Puts together.")
+    assert wrapped.parameters["required"] == ["b"]
+    assert list(wrapped.parameters["properties"]) == ["b", "c"]
+    assert wrapped.parameters["properties"]["b"]["description"] == "The second."
+    assert got(made, b="x").content == "1 x 1.0"
 
 
 @pytest.mark.parametrize(
@@ -221,6 +302,10 @@ def generator(word: str) -> Any:
     yield word
 
 
+def unannotated_method(self, word: str) -> None: ...  # type: ignore[no-untyped-def]  # what is being refused
+def bad_pattern(word: Annotated[str, Field(pattern="(")]) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("refused", "words"),
     [
@@ -232,6 +317,10 @@ def generator(word: str) -> Any:
         (function, ["`function`", "`word`", "Use str"]),
         (nested, ["`nested`", "`word`", "Use str"]),
         (generator, ["`generator`", "return it whole"]),
+        (unannotated_method, ["`unannotated_method`", "is a method", "tool(thing.unannotated_method)"]),
+        (bad_pattern, ["`bad_pattern`", "`word`"]),
+        (tool(name="t")(lambda: 1), ["`t` is a tool already"]),
+        (max, ["signature"]),
         (Point, ["functions"]),
         (lambda: 1, ["<lambda>", "name="]),
     ],

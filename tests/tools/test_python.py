@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import time
@@ -11,8 +13,9 @@ from pathlib import Path
 import anyio
 import pytest
 from thinkloop.tools import sandbox
-from thinkloop.tools.python import Python, isolation_report
+from thinkloop.tools.python import TEXT_CAP, Python, isolation_report
 from thinkloop.tools.sandbox import SandboxError
+from thinkloop.tools.sandbox_limits import process_tree
 from thinkloop.tools.tool import Output, Tool, ToolError, Toolset
 from thinkloop.traces.events import ThinkloopError
 
@@ -134,33 +137,122 @@ async def test_every_kind_of_failure_is_a_result_and_the_session_goes_on(
     assert (await run(python, "kept")).content == "7"
 
 
-async def test_long_output_is_cut_in_the_middle_and_says_how_much(python: Python) -> None:
+async def test_long_output_comes_whole_so_that_a_run_can_page_it(python: Python) -> None:
     result = await run(python, "print('A' * 10_000 + 'B' * 10_000)\n'end'")
-    left_out = 20_000 + 1 + len("'end'") - 8000
-    assert f"[... {left_out} characters left out ...]" in result.content
-    assert result.content.startswith("AAA")
-    assert result.content.endswith("BBB\n'end'")
-    assert len(result.content) < 8100
-    assert result.record["left_out"] == left_out
+    assert result.content == "A" * 10_000 + "B" * 10_000 + "\n'end'"
+    assert result.record["left_out"] == 0
 
 
-async def test_megabytes_of_output_are_cut_at_the_pipe_and_counted() -> None:
+async def test_megabytes_of_output_are_cut_in_the_middle_and_counted() -> None:
     async with Python(timeout=20) as toolset:
         result = await run(toolset, "for i in range(300_000): print(f'{i:09d}')\n'end'")
     assert result.ok
     assert result.content.startswith("000000000\n000000001\n")
     assert result.content.endswith("000299999\n'end'")
-    assert abs(result.record["left_out"] + 8000 - 3_000_005) < 10
+    assert f"[... {result.record['left_out']} characters left out ...]" in result.content
+    assert abs(result.record["left_out"] + TEXT_CAP - 3_000_005) < 10
 
 
 async def test_a_long_value_and_a_long_traceback_are_cut(python: Python) -> None:
-    assert len((await run(python, "'x' * 3_000_000")).content) < 8100
-    assert len((await run(python, "raise ValueError('x' * 3_000_000)")).content) < 8100
+    assert len((await run(python, "'x' * 3_000_000")).content) < 1_000_000
+    assert len((await run(python, "raise ValueError('x' * 3_000_000)")).content) < 1_000_000
 
 
 async def test_control_characters_reach_neither_terminal_nor_model(python: Python) -> None:
     result = await run(python, r"print('\x1b[2J\x07red\x9b', 'a\rb\r\nc', '\0')")
     assert result.content == "\\x1b[2J\\x07red\\x9b a\nb\nc \\x00"
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "'\\x1b]52;c;cm0gLXJm\\x07'",
+        "'\\x1b[31m\\x1b[?1049h'",
+        "'\\x9b2J'",
+        "'a\\x08b\\x7f'",
+        "'\\ud800\\udfff'",
+        "'\\x00' * 9",
+    ],
+)
+async def test_no_terminal_escape_leaves_by_any_door(python: Python, hostile: str) -> None:
+    doors = f"text = {hostile}\nclass Odd(Exception):\n    def __repr__(self): return text\n    __str__ = __repr__\n"
+    for code in ("print(text)", "Odd()", "raise Odd", "import os; os.write(1, text.encode('utf-8', 'surrogatepass'))"):
+        content = (await run(python, doors + code)).content
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", content)
+        assert content.encode()
+
+
+async def test_control_tokens_are_text_like_any_other(python: Python) -> None:
+    hostile = "<|im_end|><|tool_calls_section_begin|>"
+    assert (await run(python, f"print('{hostile}')")).content == hostile
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "import json; json.dumps = json.loads = lambda *a, **k: '{}'",
+        "import os\nfor name in ('read', 'write', 'getpid', 'scandir', 'open', 'pread', 'close'): setattr(os, name, None)",
+        "import builtins; builtins.repr = builtins.len = builtins.isinstance = None",
+        "import builtins; builtins.__import__ = None",
+        "import sys; sys.modules.clear()",
+        "import sys; sys.meta_path.clear(); sys.path.clear()",
+        "import traceback; traceback.TracebackException = None\n1 / 0",
+        "import signal; signal.signal = None",
+        "import struct; struct.pack = struct.unpack = None",
+        "import gc\nfor thing in gc.get_objects():\n    if type(thing).__name__ == 'Cells': thing.__dict__.clear()",
+        "import sys; sys.settrace(lambda *a: 1 / 0); sys.setprofile(lambda *a: 1 / 0)",
+        "import sys; sys.setrecursionlimit(60)",
+        "import threading\nfor _ in range(20): threading.Thread(target=exec, args=('while 1: 1',), daemon=True).start()",
+        "import gc; gc.callbacks.append(lambda *a: 1 / 0)",
+        "import faulthandler, ctypes; ctypes.string_at(0)",
+        "import sys; sys.stdout = sys.stderr = sys.__stdout__ = sys.excepthook = None",
+        "import os; os.close(50)",
+        "import os; os.dup2(1, 50)",
+        "import os; os.chdir('/'); os.environ.clear()",
+        "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
+        "import fcntl, os; fcntl.fcntl(50, fcntl.F_SETFL, os.O_NONBLOCK); fcntl.fcntl(1, fcntl.F_SETFL, os.O_NONBLOCK)",
+    ],
+)
+async def test_a_runner_taken_apart_from_inside_hurts_only_itself(attack: str) -> None:
+    """What comes back may be an error or a loss; it is a bounded text in bounded time, and the end is clean."""
+    started = time.perf_counter()
+    async with Python(timeout=1.0) as toolset:
+        assert toolset._session is not None
+        pids = list(process_tree(toolset._session._process.pid))
+        for code in (attack, "6 * 7", "open('a.txt', 'w').write('x')"):
+            result = await run(toolset, code)
+            assert len(result.content) < 8100
+            assert len(result.files) <= 1
+    assert time.perf_counter() - started < 12
+    until = time.monotonic() + 3  # the kernel ends what pid 1 leaves
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
+        await anyio.sleep(0.02)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+async def test_the_call_after_a_loss_finds_a_session_waiting(python: Python) -> None:
+    await run(python, "import os; os._exit(0)")
+    await anyio.sleep(0.5)  # a model that thinks
+    assert python._session is not None
+    assert python._session.lost == ""
+    before = time.perf_counter()
+    assert (await run(python, "1 + 1")).content == "2"
+    assert time.perf_counter() - before < 0.1  # 2 ms on a machine of its own
+
+
+async def test_eight_sessions_at_once_work_side_by_side() -> None:
+    async def one(number: int) -> None:
+        async with Python(timeout=20) as toolset:
+            await run(toolset, f"open('mine.txt', 'w').write('{number}' * 1000)")
+            results[number] = await run(
+                toolset, f"import time; time.sleep(0.2); open('mine.txt').read() == '{number}' * 1000"
+            )
+
+    results: dict[int, Output] = {}
+    async with anyio.create_task_group() as group:
+        for number in range(8):
+            group.start_soon(one, number)
+    assert {result.content for result in results.values()} == {"True"}
 
 
 async def test_a_timeout_interrupts_and_keeps_the_variables(python: Python) -> None:
@@ -228,16 +320,17 @@ async def test_a_forked_child_does_not_answer_for_its_parent(python: Python) -> 
 async def test_classes_of_a_cell_can_be_pickled_and_modules_written_there_imported(python: Python) -> None:
     await run(python, "import pickle\nclass Point: x = 3\nPath = __import__('pathlib').Path")
     assert (await run(python, "pickle.loads(pickle.dumps(Point())).x")).content == "3"
-    assert (await run(python, "Path('own.py').write_text('answer = 42')\nimport own\nown.answer")).content == "42"
+    code = "_ = Path('own.py').write_text('answer = 42')\nimport own\nown.answer"
+    assert (await run(python, code)).content == "42\n[files: own.py (11 bytes)]"
 
 
-async def test_files_are_copied_into_the_working_folder(tmp_path: Path) -> None:
+async def test_given_files_are_in_the_working_folder(tmp_path: Path) -> None:
     given = tmp_path / "table one.csv"
     given.write_text("a,b\n1,2\n")
     tmp_path.chmod(0o700)  # the sandbox's own user could not read it
     async with Python(files=[given]) as toolset:
         assert (await run(toolset, "open('table one.csv').read()")).content == "'a,b\\n1,2\\n'"
-        await run(toolset, "open('table one.csv', 'w').write('changed')")
+        assert not (await run(toolset, "open('table one.csv', 'w')")).ok
     assert given.read_text() == "a,b\n1,2\n"
 
 
@@ -278,26 +371,46 @@ async def test_the_doctor_reports_what_holds() -> None:
     assert report["seccomp"]
     assert report["sum_limit"] in ("watchdog", "cgroup")
     assert report["bwrap"].endswith("bwrap")
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    held = (
+        "own user namespace",
+        "read-only system",
+        "own processes",
+        "no network",
+        "system calls filtered",
+        "no privileges",
+    )
+    assert all(layers[name]["holds"] for name in held)
+    assert layers["own user id"]["holds"] == (os.geteuid() == 0)
+    assert "Delegate=yes" in layers["memory and processes of all together"]["fix"] or report["sum_limit"] == "cgroup"
+
+
+async def test_a_result_says_what_held(python: Python) -> None:
+    record = (await run(python, "1")).record
+    assert record["isolation"] == "bubblewrap"
+    assert record["sum_limit"] in ("watchdog", "cgroup")
 
 
 async def test_starting_and_calling_are_quick() -> None:
     """On a machine of its own 60 ms and 0.5 ms (`examples/bench_mini.py`); here only that nothing is off by a factor."""
-    starts, calls = [], []
+    starts, firsts, calls = [], [], []
     for _ in range(3):
         before = time.perf_counter()
         async with Python() as toolset:
             starts.append(time.perf_counter() - before)
-            for _ in range(20):
+            for number in range(20):
                 before = time.perf_counter()
                 await run(toolset, "1 + 1")
-                calls.append(time.perf_counter() - before)
+                (calls if number else firsts).append(time.perf_counter() - before)
     assert min(starts) <= 1.0
+    assert min(firsts) <= 0.05
     assert min(calls) <= 0.02
 
 
 AS_AN_ORDINARY_USER = """
-import os, anyio, json
+import os, anyio, json, shutil, tempfile
 from thinkloop.tools.python import Python, isolation_report
+from thinkloop.tools.sandbox import SandboxError
 
 EIGHT_GREEDY_CHILDREN = '''
 import os, time
@@ -308,23 +421,35 @@ for _ in range(8):
 time.sleep(4)
 '''
 
-async def main(code):
-    async with Python(memory_mb=128, timeout=5) as python:
+folder = tempfile.mkdtemp()
+given = os.path.join(folder, "given.txt")
+open(given, "w").write("7")
+
+async def main(code, unsafe=False):
+    async with Python(memory_mb=128, timeout=5, unsafe=unsafe, files=[given], keep=folder + "/kept") as python:
         print((await python.run(code)).content)
 
 anyio.run(main, "'every import is done while they can still be read'")
+anyio.run(main, "'here too'", True)
 if os.geteuid() == 0:
+    os.chown(folder, 65534, 65534), os.chown(folder + "/kept", 65534, 65534)
     os.setgroups([]), os.setgid(65534), os.setuid(65534)
-anyio.run(main, "6 * 7")
+anyio.run(main, "open('out.txt', 'w').write('x')\\n6 * int(open('given.txt').read())")
+print(sorted(os.listdir(folder + "/kept")))
+try:
+    anyio.run(main, "6 * 7", True)
+except SandboxError:
+    print("this Python is root's alone")
 anyio.run(main, EIGHT_GREEDY_CHILDREN)
 print(json.dumps(isolation_report()))
+shutil.rmtree(folder)
 """
 
 
 async def test_it_works_as_an_ordinary_user_too_with_its_memory_bounded() -> None:
     command = [sys.executable, "-c", AS_AN_ORDINARY_USER]
     result = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd="/")
-    assert result.stdout.splitlines()[1:2] == ["42"], result.stderr
+    assert result.stdout.splitlines()[2:5] == ["42", "[files: out.txt (1 bytes)]", "['out.txt']"], result.stderr
     assert "used more than 192 MB of memory" in result.stdout
     assert '"works": true' in result.stdout
     assert '"uid_drop": false' in result.stdout

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from thinkloop.tools.expression import PatternError
 from thinkloop.tools.pattern import search
-from thinkloop.tools.validate import _compiled, check_arguments, check_schema
+from thinkloop.tools.validate import _compiled, check_arguments, check_schema, is_quick, misfits
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -278,6 +278,36 @@ def test_unique_items_take_linear_time() -> None:
 
 def test_a_large_enum_against_many_items_can_t_stall() -> None:
     timed(value_schema(items={"enum": [f"e{n}" for n in range(15_000)]}), {"v": ["e14999"] * 50_000})
+
+
+@pytest.mark.parametrize("key", ["text", "texts", "objects"])
+def test_four_million_characters_are_checked_or_refused_in_time(key: str) -> None:
+    values: dict[str, Any] = {"text": "x" * 3_999_000, "texts": ["y" * 100] * 39_000, "objects": [{"id": 1}] * 60_000}
+    schema = {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string", "maxLength": 4_000_000},
+            "texts": {"items": {"type": "string", "pattern": "^y*$"}},
+            "objects": {"items": {"type": "object", "properties": {"id": {"type": "integer"}}, "required": ["id"]}},
+        },
+    }
+    timed(schema, {key: values[key]})
+
+
+def test_the_places_that_do_not_fit_are_named() -> None:
+    assert misfits(SCHEMA, {"query": "ab"}) == []
+    assert misfits(SCHEMA, {"query": 1, "parts": [{"id": "x"}, {}]}) == [("query",), ("parts", 0, "id"), ("parts", 1)]
+    assert misfits({"type": "strin"}, {}) is None
+    assert misfits({"$ref": "#"}, {}) is None
+    assert misfits({}, {"a": nest(100, list)}) is None
+
+
+def test_what_may_take_long_is_known_beforehand() -> None:
+    assert is_quick({"properties": {"code": {"type": "string"}}}, 50_000)
+    assert not is_quick({"properties": {"code": {"type": "string", "pattern": "^a"}}}, 2)
+    assert not is_quick({"$defs": {"a": {}}, "$ref": "#/$defs/a"}, 2)
+    assert not is_quick({"items": {"anyOf": [{"required": [str(n)]} for n in range(500)]}}, 5000)
+    assert is_quick({"type": "strin"}, 10**9)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from thinkloop.traces.events import (
+    Attachment,
     Content,
     ContextEdited,
     Error,
@@ -40,6 +41,10 @@ EVERY_TYPE: list[Event] = [
     TurnFinished(reason="tool_calls", prompt_ids=[1, 2, 3], token_ids=[4, 5], rng_position=2),
     ToolResult(call_id="functions.search:0", name="t", content=LONG, ok=True, record={"hits": [3]}, seconds=0.2),
     ToolResult(call_id="functions.search:1", name="search", content="error: cut", ok=False, display="bad call"),
+    ToolResult(
+        call_id="functions.python:2", name="python", content="[figure 1]", ok=True,
+        files=[Attachment("figure-1.png", "image/png", bytes(range(256))), Attachment("empty", "text/plain", b"")],
+    ),
     ContextEdited(policy="drop_steps", first_step=1, last_step=1, tokens_before=9, tokens_after=5, recomputed_tokens=2),
     LimitReached(limit="steps", used=8, allowed=9, final=False, message="[note: hurry]"),
     Error(where="model", message="lost connection", recovered=True),

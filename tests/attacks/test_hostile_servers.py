@@ -1,0 +1,439 @@
+"""Servers that mean harm: MCP servers over stdio and HTTP, and search services. What they send is bounded, and stays data."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cell import gone
+from control_tokens import HOSTILE, control_tokens_of, rendered
+from evidence import peak_of
+from search_server import KEY, Answer, SearchServer, bomb, cut, endless, status
+from secret_server import secret
+from thinkloop.agent.agent import Agent
+from thinkloop.agent.testing import ScriptedModel
+from thinkloop.tools.mcp_client import MCP
+from thinkloop.tools.python import Python
+from thinkloop.tools.search import Search
+from thinkloop.tools.tool import ToolError
+from thinkloop.tools.web_providers import Brave, SearXNG
+from thinkloop.tools.web_search import RetryPolicy
+from thinkloop.traces.events import ThinkloopError
+
+pytestmark = [pytest.mark.anyio, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
+
+Held = Callable[[str], None]
+SERVERS = Path(__file__).parents[1] / "mcp_servers"
+ROGUE = [sys.executable, "-I", "-S", str(Path(__file__).with_name("rogue_mcp.py")), HOSTILE]
+
+
+def plain(mode: str, *arguments: str, **options: Any) -> MCP:
+    command = [sys.executable, "-I", "-S", str(SERVERS / "plain.py"), mode, *arguments]
+    return MCP(**{"name": "x", "command": command, "deadline": 5.0} | options)
+
+
+def rogue(*arguments: str) -> MCP:
+    return MCP(name="x", command=[*ROGUE, *arguments], deadline=10)
+
+
+async def say(server: MCP, text: str, name: str = "x_echo") -> str:
+    """What the model is told."""
+    tool = next(tool for tool in server.tools() if tool.name == name)
+    try:
+        return (await tool.call({"text": text})).content
+    except ToolError as error:
+        return f"error: {error}"
+
+
+async def start_failure(server: MCP) -> str:
+    with pytest.raises(ThinkloopError) as failed:
+        async with server:
+            pass
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", str(failed.value))
+    return " ".join(str(failed.value).split())
+
+
+# MCP: starting
+
+
+@pytest.mark.parametrize("mode", ["exits", "refuses", "garbage", "dies-listing", "array", "silent"])
+async def test_an_mcp_server_that_does_not_start(held: Held, mode: str) -> None:
+    said = await start_failure(plain(mode, deadline=0.5 if mode == "silent" else 5))
+    held(f"refused at the start: {said.removeprefix('The MCP server ')[:110]}")
+
+
+async def test_an_mcp_server_lists_tools_without_end(held: Held) -> None:
+    async with plain("pages") as server:
+        held(f"50 pages: {len(server.tools())} tools; {server.notes[0][:80]}")
+
+
+async def test_an_mcp_server_offers_unusable_tools(held: Held) -> None:
+    """Schemas that are immense, remote, stall a pattern; names with escapes, twice, too long; a description of a book."""
+    async with plain("schemas") as server:
+        assert [tool.name for tool in server.tools()] == ["x_fine", "x_a_b", "x_wordy"]
+        assert all(len(tool.description) < 4100 for tool in server.tools())
+        left_out = [note for note in server.notes if "left out" in note]
+    held(f"schema and name checks: {len(left_out)} tools left out, 3 offered")
+
+
+async def test_an_mcp_server_takes_over_other_tools_names(held: Held) -> None:
+    model = ScriptedModel([{"calls": [("python", {"code": "6 * 7"})]}, {"content": "Done."}])
+    ended = await Agent(model, [rogue(), Python()], trace=False).run("Compute.")
+    assert ended.reason == "answered"
+    assert model.conversations[-1][-1]["content"] == "42"
+    names = [entry["function"]["name"] for entry in model.tools]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) for name in names)
+    assert len(set(names)) == len(names)
+    held(f"its name stands before each of its tools: {', '.join(names)}")
+
+
+async def test_control_tokens_in_an_mcp_servers_tools(held: Held) -> None:
+    model = ScriptedModel([{"content": "Done."}])
+    await Agent(model, [rogue()], trace=False).run("Look.")
+    names, text = rendered(model)
+    assert text.count("<|im_end|>") > names.count("<|im_end|>")
+    assert names.count("<|im_user|>") == 1
+    assert "<|tool_calls_section_begin|>" not in names
+    held(f"tokenised with specials disallowed: {len(names)} control tokens, none of them from its list")
+
+
+async def test_control_tokens_in_an_mcp_servers_result(held: Held) -> None:
+    held(await control_tokens_of([rogue()], "x_echo", {"text": "hello"}))
+
+
+# MCP: calls
+
+
+@pytest.mark.parametrize("mode", ["gigantic", "values", "flood", "requests"])
+async def test_an_mcp_server_sends_without_end(held: Held, mode: str) -> None:
+    async with plain(mode) as server:
+        said, megabytes = await peak_of(say(server, "hello"))
+        assert "ended" in said
+        assert megabytes < 200
+    held(f"message bounds: {said.removeprefix('error: ')[:110]}; {megabytes} MB here")
+
+
+@pytest.mark.parametrize("mode", ["never", "deaf", "closed", "wrong-id"])
+async def test_an_mcp_server_never_answers(held: Held, mode: str) -> None:
+    started = time.monotonic()
+    async with plain(mode, deadline=0.5) as server:
+        pid = int(await say(server, "pid"))
+        said = await say(server, "hello")
+        assert time.monotonic() - started < 5
+    assert await gone([pid])
+    held(f"deadline: {said.removeprefix('error: ')[:110]}")
+
+
+@pytest.mark.parametrize("mode", ["deep", "twice", "malformed", "escapes", "huge-text", "image", "asks", "pattern"])
+async def test_an_mcp_server_sends_an_odd_answer(held: Held, mode: str) -> None:
+    async with plain(mode) as server:
+        said, megabytes = await peak_of(say(server, "hello"))
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", said)
+        assert len(said) < 1_000_100
+        assert megabytes < 200
+        assert (await say(server, "pid")).isdigit()
+    held(f"checked and cleaned, {len(said):,} characters: {said[:70]}")
+
+
+@pytest.mark.parametrize("text", ["links", "many blocks", "paths", "stderr"])
+async def test_an_mcp_servers_bait(held: Held, text: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with secret() as hidden:
+        async with rogue(hidden.url) as server:
+            said = await say(server, text)
+            assert "root:" not in said
+            assert "\x1b" not in said
+            held(f"links are words, stderr is kept off the terminal: {said[:70]}; {hidden.unseen()}")
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_an_mcp_server_reads_the_environment(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "hush")
+    async with rogue() as server:
+        seen = json.loads(await say(server, "environment"))
+    assert "SECRET_KEY" not in seen
+    held(f"minimal environment: {sorted(seen)}")
+
+
+async def test_an_mcp_server_changes_its_tools_after_the_first_call(held: Held) -> None:
+    async with plain("rug") as server:
+        assert await say(server, "hello") == "hello"
+        said = await say(server, "hello")
+        assert "refused from now on" in said
+        assert [tool.name for tool in server.tools()] == ["x_echo"]
+    held(f"fingerprint of the list: {said.removeprefix('error: ')[:100]}")
+
+
+async def test_an_mcp_server_changes_its_tools_by_a_restart(held: Held, tmp_path: Path) -> None:
+    async with plain("rug-restart", str(tmp_path / "state")) as server:
+        await say(server, "die")
+        said = await say(server, "hello")
+        assert "parameters changed since the start" in said
+    held(f"fingerprint of the list: {said.removeprefix('error: ')[:100]}")
+
+
+async def test_an_mcp_server_that_is_not_the_pinned_one(held: Held) -> None:
+    said = await start_failure(plain("good", pin="0" * 32))
+    assert "its tool list is not the pinned one" in said
+    held("pin: its tool list is not the pinned one")
+
+
+async def test_an_mcp_server_dies_again_and_again(held: Held) -> None:
+    async with plain("good") as server:
+        told = [await say(server, "die") for _ in range(4)]
+    assert "not used any more" in told[-1] or "ended again" in told[-1]
+    held(f"one restart: {told[-1].removeprefix('error: ')[:100]}")
+
+
+async def test_an_mcp_server_leaves_processes_behind(held: Held, tmp_path: Path) -> None:
+    async with plain("children", str(tmp_path / "state")):
+        pids = [int(pid) for pid in (tmp_path / "state.pids").read_text().split()]
+    assert await gone(pids)
+    held(f"all that it started ends with it: {len(pids)} processes, one in a session of its own")
+
+
+async def test_an_mcp_server_dies_in_the_middle_of_a_run(held: Held) -> None:
+    calls = [{"calls": [("x_echo", {"text": "die"})]}, {"calls": [("x_echo", {"text": "again"})]}, {"content": "Done."}]
+    model = ScriptedModel(calls)
+    ended = await Agent(model, [plain("good")], trace=False).run("Try.")
+    assert ended.reason == "answered"
+    told = [str(message["content"]) for message in model.conversations[-1] if message["role"] == "tool"]
+    assert told[1].endswith("again")
+    held(f"the model is told: {told[0].removeprefix('error: ')[:90]}")
+
+
+# MCP: over HTTP
+
+OK = b"HTTP/1.1 200 OK\r\n"
+REPLIES = {
+    "a body without end": (OK + b"Content-Type: application/json\r\n\r\n", b"x" * 65536),
+    "an event without end": (OK + b"Content-Type: text/event-stream\r\n\r\ndata: ", b"x" * 65536),
+    "a compressed body": (OK + b"Content-Type: application/json\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd", b""),
+    "a web page": (OK + b"Content-Type: text/html\r\nContent-Length: 4\r\n\r\n<p/>", b""),
+    "a value of a million parts": (OK + b"Content-Type: application/json\r\n\r\n{\"a\":[" + b"0," * 600_000, b""),
+    "no HTTP": (b"nonsense\r\n\r\n", b""),
+    "event streams without end": (OK + b"Content-Type: text/event-stream\r\nConnection: close\r\n\r\nretry: 0\nid: 1\ndata:\n\n", b""),
+}  # fmt: skip
+
+
+@asynccontextmanager
+async def answering(first: bytes, again: bytes) -> AsyncIterator[int]:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.read(100_000)
+            writer.write(first)
+            await writer.drain()
+            while again:
+                writer.write(again)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES.keys())
+async def test_an_mcp_server_over_http_sends(held: Held, reply: tuple[bytes, bytes]) -> None:
+    async with answering(*reply) as port:
+        server = MCP(name="x", url=f"http://127.0.0.1:{port}/mcp", allow_hosts=["127.0.0.1"], deadline=5)
+        said, megabytes = await peak_of(start_failure(server))
+    assert megabytes < 200
+    held(f"{said.removeprefix('The MCP server ')[:110]}; {megabytes} MB here")
+
+
+# MCP: in the sandbox
+
+needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that everybody may read, with the server in it, as the current one."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        found = Path(name)
+        found.chmod(0o755)
+        (found / "plain.py").write_bytes((SERVERS / "plain.py").read_bytes())
+        (found / "plain.py").chmod(0o644)
+        monkeypatch.chdir(found)
+        yield found
+
+
+def caged(folder: Path, deadline: float = 10.0) -> MCP:
+    command = ["/usr/bin/python3", "-I", "-S", str(folder / "plain.py")]
+    return MCP(name="x", command=command, sandbox=True, deadline=deadline)
+
+
+INSIDE = {
+    "the host's loopback": ("__import__('socket').socket().connect_ex(('127.0.0.1', PORT))", "network namespace: errno {}"),
+    "the world": ("__import__('socket').socket().connect_ex(('192.0.2.1', 80))", "network namespace: errno {}"),
+    "vsock": ("[s := __import__('ctypes').CDLL(None, use_errno=True), s.socket(40, 1, 0), __import__('ctypes').get_errno()][2]",
+              "seccomp: errno {}"),
+    "the password file": ("1 - os.path.exists('/etc/shadow') - os.path.exists('/etc/passwd')", "mount namespace: not there"),
+    "the home folder": ("1 - os.path.exists(HOME)", "mount namespace: not there"),
+    "a file of its own": ("os.system('touch FOLDER/new 2>/dev/null')", "read-only mounts: status {}"),
+    "a namespace": ("os.system('unshare -U true 2>/dev/null')", "seccomp: status {}"),
+    "other processes": ("1 - any(int(p) > 20 for p in os.listdir('/proc') if p.isdigit())", "process namespace: only its own"),
+    "the host's environment": ("1 - open('/proc/1/environ').read().count('SECRET')", "empty environment"),
+}  # fmt: skip
+
+
+@needs_bwrap
+@pytest.mark.parametrize("name", INSIDE)
+async def test_a_sandboxed_mcp_server_reaches_for(
+    folder: Path, held: Held, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("SECRET_KEY", "hush")
+    code, form = INSIDE[name]
+    home = str(Path.home()) if Path.home() != Path("/") else "/root"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        code = code.replace("PORT", str(listener.getsockname()[1])).replace("FOLDER", str(folder)).replace("HOME", repr(home))
+        async with caged(folder) as server:
+            said = await say(server, f"run:{code}")
+    assert said.lstrip("-").isdigit(), said
+    assert int(said) > 0
+    held(form.format(said))
+
+
+EXHAUSTING = {
+    "memory": "[bytearray(200 << 20), time.sleep(10)]",
+    "empty files": "[os.close(os.open('/tmp/%d' % i, os.O_CREAT)) for i in range(250_000)] and time.sleep(10)",
+    "many processes": "[__import__('subprocess').Popen(['/usr/bin/python3', '-c', 'x = bytes(60 << 20); input()'], stdin=-1) for _ in range(6)] and time.sleep(10)",
+}  # fmt: skip
+HOME_FILES = "[os.close(os.open('/home/server/%d' % i, os.O_CREAT)) for i in range(150_000)] and time.sleep(1)"
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    "code",
+    [*(pytest.param(code, id=name) for name, code in EXHAUSTING.items()),
+     pytest.param(HOME_FILES, id="empty files at home", marks=pytest.mark.xfail(
+         strict=True, reason="the watchdog counts the files of /tmp and /dev/shm, and not those of the server's home folder"))],
+)  # fmt: skip
+async def test_a_sandboxed_mcp_server_takes_too_much(
+    folder: Path, held: Held, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    monkeypatch.setattr("thinkloop.tools.mcp_sandbox.MEMORY", 100 << 20)
+    async with caged(folder) as server:
+        said = await say(server, f"run:{code}")
+    assert "it used more than 100 MB of memory" in said, said
+    held("watchdog: it used more than 100 MB of memory")
+
+
+@needs_bwrap
+async def test_a_sandboxed_mcp_server_leaves_a_daemon(folder: Path, held: Held) -> None:
+    mark = f"{30 + time.time() % 9:.6f}"
+    async with caged(folder) as server:
+        await say(server, f"run:os.system('setsid sleep {mark} >/dev/null 2>&1 </dev/null &')")
+        pids = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if mark in _read(path)]
+        assert pids
+    assert await gone(pids)
+    held("process namespace: its end took the daemon along")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+# Search services
+
+BAD_ANSWERS: dict[str, Callable[[], Answer]] = {
+    "a gzip bomb": bomb,
+    "JSON without end": endless,
+    "a web page": lambda: status(200, b"<!doctype html><title>Log in</title>", {"Content-Type": "text/html"}),
+    "an answer that is cut off": cut,
+    "JSON that nests without end": lambda: status(200, b'{"results":' + b"[" * 500_000),
+    "a million results": lambda: status(200, b'{"results":[' + b'{"url":"http://a/"},' * 90_000 + b"{}]}"),
+    "results of other types": lambda: status(200, {"results": [7, None, {"url": 7}, {"url": ["http://a/"]}]}),
+    "an error with the key in it": lambda: status(401, {"message": f"bad key {KEY} \x1b[2J{HOSTILE}"}),
+    "a compression that was not asked for": lambda: status(200, b"xx", {"Content-Encoding": "br"}),
+    "broken gzip": lambda: status(200, b"no gzip", {"Content-Encoding": "gzip"}),
+    "gzip in gzip": lambda: status(200, gzip.compress(gzip.compress(b" " * (1 << 24))), {"Content-Encoding": "gzip, gzip"}),
+    "nothing": lambda: Answer(silent=True),
+    "a wait of a year": lambda: status(429, {}, {"Retry-After": "31536000"}),
+    "headers without end": lambda: status(200, {}, {f"X-{n}": "x" * 1000 for n in range(300)}),
+    "a thousand megabytes of blanks": lambda: Answer(body=lambda: repeat(b" " * (1 << 20), 1000)),
+}
+QUICK = RetryPolicy(tries=1, attempt=1.0, total=2.0, backoff=0.01)
+SERVICES: dict[str, Callable[[str], Any]] = {"searxng": SearXNG, "brave": lambda url: Brave(KEY, base_url=url, interval=0)}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("name", BAD_ANSWERS)
+async def test_a_search_service_sends(held: Held, name: str, service: str) -> None:
+    started = time.monotonic()
+    with SearchServer() as server:
+        server.fail(service, *[BAD_ANSWERS[name]()] * 3)
+        async with Search(SERVICES[service](server.url), retry=QUICK) as search:
+            said, megabytes = await peak_of(_searched(search))
+    assert time.monotonic() - started < 8
+    assert megabytes < 100
+    assert KEY not in said
+    assert len(said) < 3000
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", said)
+    assert "No results" not in said
+    held(f"reply bounds, and an error is never an empty result: {said.partition('failed: ')[2][:90] or said[:90]}")
+
+
+async def _searched(search: Search) -> str:
+    (tool,) = (tool for tool in search.tools() if tool.name == "search")
+    try:
+        return (await tool.call({"query": "harbour"})).content
+    except ToolError as error:
+        return str(error)
+
+
+async def test_a_source_of_ones_own_gives_no_hits_but(held: Held) -> None:
+    class Source:
+        name = "rogue"
+
+        def __init__(self, given: Any) -> None:
+            self.given = given
+
+        async def search(self, query: str, limit: int) -> Any:
+            if isinstance(self.given, BaseException):
+                raise self.given
+            return self.given
+
+    told = []
+    for given in (None, "hits", [1, 2], {"a": 1}, object(), ValueError(HOSTILE + "\x1b[2J"), RecursionError(), MemoryError()):
+        async with Search(Source(given), retry=QUICK) as search:
+            told.append(await _searched(search))
+    assert all("rogue failed" in each and "\x1b" not in each for each in told)
+    held(f"checked for shape: {len(told)} of {len(told)} told as failures")
+
+
+async def test_two_sources_of_which_the_first_is_hostile(held: Held) -> None:
+    with SearchServer() as server:
+        server.fail("brave", endless(), endless(), endless())
+        sources = (SERVICES["brave"](server.url), SearXNG(server.url))
+        async with Search(*sources, retry=QUICK) as search:
+            said = await _searched(search)
+    assert "https://ports.example/bergen" in said
+    assert "brave failed" in said
+    held(f"the next source: {said.rpartition('(')[2].rstrip(')')[:90]}")
+
+
+def test_nothing_of_these_servers_is_a_child_any_more(held: Held) -> None:
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    commands = [_read(Path(f"/proc/{pid}/cmdline")).replace("\0", " ") for pid in children]
+    assert [command for command in commands if "plain.py" in command or "rogue_mcp" in command] == []
+    held("every server was ended and waited for")
