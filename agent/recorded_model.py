@@ -10,9 +10,10 @@ import json
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from thinkloop.agent.arguments import repair_note
 from thinkloop.agent.model import Conversation, Turn
 from thinkloop.agent.repetition import REFUSE_AT, REMIND_AT, reminder
 from thinkloop.tools.tool import Effect, Output
@@ -189,6 +190,7 @@ class RecordedTool:
     effect: Effect = "read"
     deadline: float = 60.0
     budget: int = NO_BUDGET
+    paged: bool = True
 
     async def call(self, arguments: Json) -> Output:
         """The recorded result. Raises `Divergence` when the record holds another call here."""
@@ -226,17 +228,31 @@ def _entries(
     turn: int, calls: dict[str, ToolCall], results: Sequence[ToolResult], notes: Sequence[str]
 ) -> list[_Entry]:
     known = [result for result in results if result.call_id in calls]
-    return [_Entry(turn, calls[result.call_id], _output(result, notes)) for result in known]
+    return [_Entry(turn, _read(calls[result.call_id], result), _output(result, notes)) for result in known]
+
+
+def _read(call: ToolCall, result: ToolResult) -> ToolCall:
+    """The call as its arguments were read: mended, where the record says so."""
+    mended = _mended(result)
+    return call if mended is None else replace(call, arguments=mended)
+
+
+def _mended(result: ToolResult) -> Json | None:
+    match result.record.get("repaired"):
+        case {"to": dict(arguments)}:
+            return arguments
+    return None
 
 
 def _output(result: ToolResult, notes: Sequence[str]) -> Output:
-    """The result as the tool gave it: without what the loop cut off or wrote at its end, since it will do so again."""
-    record = dict(result.record)
-    uncut = record.pop("uncut", None)
-    content = uncut if isinstance(uncut, str) else result.content
+    """The result as it was, cut or whole, without what the loop wrote at its end, since it will do so again."""
+    record = {key: value for key, value in result.record.items() if key != "repaired"}
+    content, mended = result.content, _mended(result)
     for note in (*reversed(notes), *(reminder(times) for times in range(REMIND_AT, REFUSE_AT))):
         content = content.removesuffix(f"\n\n{note}")
-    return Output(content, display=result.display, record=record, ok=result.ok)
+    if mended is not None:
+        content = content.removesuffix(f"\n\n{repair_note(mended)}")
+    return Output(content, display=result.display, record=record, ok=result.ok, files=tuple(result.files))
 
 
 def _diverged(name: str, arguments: Json, passed: Sequence[_Entry]) -> str:

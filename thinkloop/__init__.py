@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from thinkloop.tools.mcp_client import MCP
     from thinkloop.tools.pages import WebPages
     from thinkloop.tools.python import Python
+    from thinkloop.tools.retry import Retry
     from thinkloop.tools.search import Search
     from thinkloop.tools.tool import Output, Tool, ToolError, Toolset
     from thinkloop.tools.web_providers import Brave, SearXNG, Serper, Tavily
@@ -48,6 +49,7 @@ _HOMES = {
     "tools.mcp_client": ("MCP",),
     "tools.pages": ("WebPages",),
     "tools.python": ("Python",),
+    "tools.retry": ("Retry",),
     "tools.search": ("Search",),
     "tools.tool": ("Output", "Tool", "ToolError", "Toolset"),
     "tools.web_providers": ("Brave", "SearXNG", "Serper", "Tavily"),
@@ -75,6 +77,7 @@ __all__ = [
     "RecordedModel",
     "RemoteModel",
     "Result",
+    "Retry",
     "Sampling",
     "SearXNG",
     "Search",

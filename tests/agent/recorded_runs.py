@@ -11,7 +11,7 @@ from thinkloop.agent.agent import Agent
 from thinkloop.agent.limits import Limits
 from thinkloop.agent.testing import ScriptedModel
 from thinkloop.tools.tool import Effect, Output, ToolError
-from thinkloop.traces.events import Event, RunFinished, RunStarted, StepFinished, ToolResult
+from thinkloop.traces.events import Attachment, Event, RunFinished, RunStarted, StepFinished, ToolResult
 from thinkloop.traces.reader import TraceReader
 
 SCRIPT: list[dict[str, Any]] = [
@@ -31,6 +31,7 @@ class Look:
     effect: Effect = "read"
     deadline: float = 5.0
     budget: int = 2000
+    files: tuple[Attachment, ...] = ()
     parameters: dict[str, Any] = field(
         default_factory=lambda: {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}
     )
@@ -38,7 +39,9 @@ class Look:
     async def call(self, arguments: dict[str, Any]) -> Output:
         if arguments["word"] == "bad":
             raise ToolError("no such word")
-        return Output(f"page of {arguments['word']}\n" * 20, record={"document": f"{arguments['word']}.md"})
+        return Output(
+            f"page of {arguments['word']}\n" * 20, record={"document": f"{arguments['word']}.md"}, files=self.files
+        )
 
 
 def record(folder: Path, script: list[dict[str, Any]] | None = None, *, steps: int = 20) -> Path:

@@ -10,7 +10,7 @@ from recorded_runs import SCRIPT, Look, events_of, record, record_with
 from thinkloop.agent.model import Conversation, Turn
 from thinkloop.agent.recorded_model import Divergence, RecordedModel, RecordedTool, recorded_tools
 from thinkloop.agent.testing import ScriptedModel
-from thinkloop.traces.events import Content, ContextEdited, RunFinished, ThinkloopError, ToolResult
+from thinkloop.traces.events import Attachment, Content, ContextEdited, RunFinished, ThinkloopError, ToolResult
 from thinkloop.traces.reader import TraceReader
 
 
@@ -64,11 +64,28 @@ def test_the_context_is_edited_as_it_was(tmp_path: Path, policy: Literal["hide_r
     assert isinstance(events_of(again)[-1], RunFinished)
 
 
-def test_results_that_were_cut_to_the_budget_are_cut_again(tmp_path: Path) -> None:
+def test_results_that_were_cut_to_the_budget_come_as_they_were_shown(tmp_path: Path) -> None:
     trace = record_with(tmp_path / "a", RecordedModel(record(tmp_path / "r")), [Look(budget=40)])
+    assert any("left out" in event.content for event in events_of(trace) if isinstance(event, ToolResult))
     again = record_with(tmp_path / "b", RecordedModel(trace), [*recorded_tools(trace)])
-    contents = [event.content for event in events_of(again) if isinstance(event, ToolResult) and event.ok]
-    assert contents[0] == "page of mayor\n" * 20
+    assert events_of(again) == events_of(trace)
+
+
+def test_arguments_that_were_mended_are_mended_again(tmp_path: Path) -> None:
+    trace = record(tmp_path / "a", [{"calls": [("look", '{"word": "mayor",}')]}, {"content": "Ada."}])
+    (result,) = [event for event in events_of(trace) if isinstance(event, ToolResult)]
+    assert result.record["repaired"] == {"raw": '{"word": "mayor",}', "to": {"word": "mayor"}}
+    again = record_with(tmp_path / "b", RecordedModel(trace), [*recorded_tools(trace)])
+    assert events_of(again) == events_of(trace)
+
+
+def test_files_of_results_come_again(tmp_path: Path) -> None:
+    trace = record_with(tmp_path / "a", ScriptedModel(SCRIPT), [Look(files=(Attachment("a.png", "image/png", b"1"),))])
+    again = record_with(tmp_path / "b", RecordedModel(trace), [*recorded_tools(trace)])
+    assert events_of(again) == events_of(trace)
+    assert [file.data for event in events_of(again) if isinstance(event, ToolResult) for file in event.files][:1] == [
+        b"1"
+    ]
 
 
 @pytest.mark.anyio

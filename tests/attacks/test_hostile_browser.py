@@ -133,7 +133,13 @@ SCRIPTS = {
     "a terabyte canvas": "const c = document.createElement('canvas'); c.width = c.height = 32_000; document.body.append(c); c.getContext('2d').fillRect(0, 0, 9, 9)",
     "it closes itself": "window.close(); open('', '_self').close()",
 }  # fmt: skip
-LONG = ("a hundred workers", "elements without end", "prompts and confirmations", "a pattern that stalls", "text without end")
+LONG = (
+    "a hundred workers",
+    "elements without end",
+    "prompts and confirmations",
+    "a pattern that stalls",
+    "text without end",
+)
 
 
 def _page(script: str) -> None:

@@ -302,7 +302,11 @@ async def test_a_sandboxed_mcp_server_reaches_for(
     code, form = INSIDE[name]
     home = str(Path.home()) if Path.home() != Path("/") else "/root"
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        code = code.replace("PORT", str(listener.getsockname()[1])).replace("FOLDER", str(folder)).replace("HOME", repr(home))
+        code = (
+            code.replace("PORT", str(listener.getsockname()[1]))
+            .replace("FOLDER", str(folder))
+            .replace("HOME", repr(home))
+        )
         async with caged(folder) as server:
             said = await say(server, f"run:{code}")
     assert said.lstrip("-").isdigit(), said
@@ -366,14 +370,19 @@ BAD_ANSWERS: dict[str, Callable[[], Answer]] = {
     "an error with the key in it": lambda: status(401, {"message": f"bad key {KEY} \x1b[2J{HOSTILE}"}),
     "a compression that was not asked for": lambda: status(200, b"xx", {"Content-Encoding": "br"}),
     "broken gzip": lambda: status(200, b"no gzip", {"Content-Encoding": "gzip"}),
-    "gzip in gzip": lambda: status(200, gzip.compress(gzip.compress(b" " * (1 << 24))), {"Content-Encoding": "gzip, gzip"}),
+    "gzip in gzip": lambda: status(
+        200, gzip.compress(gzip.compress(b" " * (1 << 24))), {"Content-Encoding": "gzip, gzip"}
+    ),
     "nothing": lambda: Answer(silent=True),
     "a wait of a year": lambda: status(429, {}, {"Retry-After": "31536000"}),
     "headers without end": lambda: status(200, {}, {f"X-{n}": "x" * 1000 for n in range(300)}),
     "a thousand megabytes of blanks": lambda: Answer(body=lambda: repeat(b" " * (1 << 20), 1000)),
 }
 QUICK = RetryPolicy(tries=1, attempt=1.0, total=2.0, backoff=0.01)
-SERVICES: dict[str, Callable[[str], Any]] = {"searxng": SearXNG, "brave": lambda url: Brave(KEY, base_url=url, interval=0)}
+SERVICES: dict[str, Callable[[str], Any]] = {
+    "searxng": SearXNG,
+    "brave": lambda url: Brave(KEY, base_url=url, interval=0),
+}
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -414,7 +423,16 @@ async def test_a_source_of_ones_own_gives_no_hits_but(held: Held) -> None:
             return self.given
 
     told = []
-    for given in (None, "hits", [1, 2], {"a": 1}, object(), ValueError(HOSTILE + "\x1b[2J"), RecursionError(), MemoryError()):
+    for given in (
+        None,
+        "hits",
+        [1, 2],
+        {"a": 1},
+        object(),
+        ValueError(HOSTILE + "\x1b[2J"),
+        RecursionError(),
+        MemoryError(),
+    ):
         async with Search(Source(given), retry=QUICK) as search:
             told.append(await _searched(search))
     assert all("rogue failed" in each and "\x1b" not in each for each in told)

@@ -72,7 +72,11 @@ def trace(tmp_path: Path) -> Path:
 
 async def result_of(hostile: Any, trace: Path, arguments: Json | str = {}) -> ToolResult:  # noqa: B006 - not changed
     """The call's result, in a run that must go on: the next tool works, there is an answer, the trace is whole."""
-    calls = [{"calls": [(hostile.name, arguments)]}, {"calls": [("echo", {"text": "still here"})]}, {"content": "Done."}]
+    calls = [
+        {"calls": [(hostile.name, arguments)]},
+        {"calls": [("echo", {"text": "still here"})]},
+        {"content": "Done."},
+    ]
     started = time.monotonic()
     ended = await Agent(ScriptedModel(calls), [hostile, echo], trace=trace).run("Try it.")
     assert ended.reason == "answered", ended
@@ -202,7 +206,9 @@ NO_OUTPUT: list[Any] = [None, "text", 7, Output(None), Output(b"x"), Output("x",
                         Output("x", record={"deep": _deep(), "cycle": _cyclic()})]  # fmt: skip
 
 
-@pytest.mark.parametrize("given", NO_OUTPUT, ids=["None", "text", "number", "no text", "bytes", "wrong parts", "deep record"])
+@pytest.mark.parametrize(
+    "given", NO_OUTPUT, ids=["None", "text", "number", "no text", "bytes", "wrong parts", "deep record"]
+)
 async def test_its_output_is_none(trace: Path, held: Held, given: Any) -> None:
     result = await result_of(Raw(lambda _: given), trace)
     held(f"checked for shape: {whats(result)}")
@@ -341,7 +347,9 @@ async def test_a_turn_of_a_thousand_calls(held: Held) -> None:
     ran = sum(answer.startswith("you said") for answer in answers)
     assert (len(answers), ran) == (1000, 4)
     assert max(map(len, answers)) < 1000
-    held(f"16 calls a turn: {ran} ran, {len(answers) - ran} were refused in {max(map(len, answers))} characters or less")
+    held(
+        f"16 calls a turn: {ran} ran, {len(answers) - ran} were refused in {max(map(len, answers))} characters or less"
+    )
 
 
 # Steering
