@@ -93,6 +93,7 @@ def run(
     model_name: Annotated[str | None, option("model-name", "The model's name on the server.")] = None,
     tools: opt.Tools = "search,open,python",
     corpus: opt.CorpusFolders = None,
+    engine: opt.IndexEngine = "sqlite",
     web: opt.Web = None,
     pages: opt.PagesBy = None,
     file: opt.Files = None,
@@ -137,8 +138,8 @@ def run(
     if json and quiet:
         raise typer.BadParameter("--json and --quiet exclude each other")
     offered = ToolRequest(
-        tools=opt.names(tools), corpus=tuple(corpus or ()), web=opt.listed(web), pages=pages, files=tuple(file or ()),
-        keep=keep, allow_hosts=tuple(allow_host or ()), unsafe_python=unsafe_python, servers=tuple(mcp or ()),
+        tools=opt.names(tools), corpus=tuple(corpus or ()), engine=engine, web=opt.listed(web), pages=pages,
+        files=tuple(file or ()), keep=keep, allow_hosts=tuple(allow_host or ()), unsafe_python=unsafe_python, servers=tuple(mcp or ()),
         server_tables=read_servers(),
     )  # fmt: skip
     request = Request(
@@ -151,7 +152,7 @@ def run(
 
 
 RUN_OPTIONS = frozenset({
-    "model", "model_name", "tools", "corpus", "web", "pages", "file", "keep", "allow_host", "max_steps",
+    "model", "model_name", "tools", "corpus", "engine", "web", "pages", "file", "keep", "allow_host", "max_steps",
     "max_thinking", "thinking_budget", "max_tokens", "time_limit", "seed",
     "temperature", "device", "context", "grammar", "trace", "json", "quiet", "debug",
 })  # fmt: skip
@@ -225,6 +226,7 @@ def trace_ls(
 @app.command()
 def index(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of texts.")],
+    engine: opt.IndexEngine = "sqlite",
     debug: Debug = False,
 ) -> None:
     """Read a folder of texts into its search index, so that a later `run --corpus DIR` starts at once.
@@ -233,13 +235,14 @@ def index(
     """
     from thinkloop.agent.index_command import execute
 
-    execute(folder)
+    execute(folder, engine)
 
 
 @app.command()
 def mcp(
     tools: opt.Tools = "search,open,python",
     corpus: opt.CorpusFolders = None,
+    engine: opt.IndexEngine = "sqlite",
     web: opt.Web = None,
     pages: opt.PagesBy = None,
     file: opt.Files = None,
@@ -256,8 +259,8 @@ def mcp(
     from thinkloop.agent.toolsets import ToolRequest
 
     offered = ToolRequest(
-        tools=opt.names(tools), corpus=tuple(corpus or ()), web=opt.listed(web), pages=pages, files=tuple(file or ()),
-        keep=keep, allow_hosts=tuple(allow_host or ()), unsafe_python=unsafe_python,
+        tools=opt.names(tools), corpus=tuple(corpus or ()), engine=engine, web=opt.listed(web), pages=pages,
+        files=tuple(file or ()), keep=keep, allow_hosts=tuple(allow_host or ()), unsafe_python=unsafe_python,
     )  # fmt: skip
     execute(offered, http)
 

@@ -21,6 +21,10 @@ Tools = Annotated[
 CorpusFolders = Annotated[
     list[Path] | None, option("corpus", "Folder of texts to search; may be given again.", show_default="sample world")
 ]
+IndexEngine = Annotated[
+    Literal["sqlite", "tantivy"],
+    option("engine", "What indexes the corpus; tantivy (an extra) for 300,000 texts and more."),
+]
 Web = Annotated[
     str | None, option("web", f"Web search, in order of preference: {', '.join(PROVIDERS)}. Keys from <NAME>_API_KEY.")
 ]

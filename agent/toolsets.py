@@ -24,14 +24,15 @@ PROVIDERS = ("searxng=URL", "brave", "tavily", "serper")
 class ToolRequest:
     """Which tools a run gets, and with what.
 
-    `web` names search providers in fallback order, `pages` is what reads web pages for `open` (None: `fetch` where there
-    is web search, else nothing does). `files` are given to python, `keep` takes the files that it writes. `allow_hosts`
-    are private hosts that pages may come from. `servers` are MCP servers as `name=command` or `name=URL`,
-    `server_tables` the tables of the settings file.
+    `engine` indexes the corpus. `web` names search providers in fallback order, `pages` is what reads web pages for
+    `open` (None: `fetch` where there is web search, else nothing does). `files` are given to python, `keep` takes the
+    files that it writes. `allow_hosts` are private hosts that pages may come from. `servers` are MCP servers as
+    `name=command` or `name=URL`, `server_tables` the tables of the settings file.
     """
 
     tools: tuple[str, ...] = ("search", "open", "python")
     corpus: tuple[Path, ...] = ()
+    engine: Literal["sqlite", "tantivy"] = "sqlite"
     web: tuple[str, ...] = ()
     pages: Literal["fetch", "browser"] | None = None
     files: tuple[Path, ...] = ()
@@ -93,13 +94,15 @@ def _browser(request: ToolRequest) -> Browser:
 
 
 def _search(request: ToolRequest, browser: Browser | None, sample: Path | None) -> Search:
+    from thinkloop.tools.corpus import Corpus
     from thinkloop.tools.search import Search
 
     web = [_provider(name) for name in request.web]
     folders: Sequence[Path] = request.corpus
     if not (folders or web or request.pages) and sample is not None:
         folders = [sample]
-    return Search(*folders, *web, pages=_pages(request, browser))
+    corpus = [Corpus(*folders, engine=request.engine)] if folders else []
+    return Search(*corpus, *web, pages=_pages(request, browser))
 
 
 def _pages(request: ToolRequest, browser: Browser | None) -> Pages | None:

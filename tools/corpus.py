@@ -28,6 +28,8 @@ SMALL_BYTES = 8 << 20
 
 T = TypeVar("T")
 
+Engine = Literal["sqlite", "tantivy"]
+
 
 class CorpusError(ThinkloopError):
     """The corpus can't be searched: a folder is missing or holds no text, the index can't be used, or a query is too slow."""
@@ -70,7 +72,7 @@ class Corpus:
         self,
         *sources: str | Path,
         cache: Path | Literal["memory"] | None = None,
-        engine: Literal["sqlite", "tantivy"] = "sqlite",
+        engine: Engine = "sqlite",
         progress: Progress | None = None,
     ) -> None:
         """Index `sources`, or bring their index up to date. Raises `CorpusError` when there is nothing to search."""
@@ -218,9 +220,9 @@ class Corpus:
         )
 
 
-def index_folder(folder: str | Path, progress: Progress | None = None) -> Changes:
+def index_folder(folder: str | Path, progress: Progress | None = None, *, engine: Engine = "sqlite") -> Changes:
     """Write the index of `folder` into the cache folder, or bring it up to date. Raises `CorpusError`."""
-    corpus = Corpus(folder, cache=default_cache(), progress=progress)
+    corpus = Corpus(folder, cache=default_cache(), engine=engine, progress=progress)
     corpus.close()
     if corpus.note:
         raise CorpusError(f"{corpus.note}; set XDG_CACHE_HOME to a folder that can be written")

@@ -146,6 +146,13 @@ def test_a_folder_is_indexed_and_only_what_changed_again(here: Path) -> None:
     assert "1 as they were" in second
 
 
+def test_the_other_engine_is_had_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "1 added" in cli("index", "docs", "--engine", "tantivy").stdout
+    options = ("--tools", "search", "--corpus", "docs", "--engine", "tantivy")
+    assert run(monkeypatch, [("search", {"query": "mayor"})], *options).exit_code == 0
+    assert "town.md:3: The mayor is Ada." in results()[0].content
+
+
 def test_servers_stand_in_the_settings_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Path(__file__).parents[1] / "mcp_servers" / "plain.py"
     command = json.dumps([sys.executable, str(server)])

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Generator
+import tempfile
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,38 @@ from thinkloop.tools.python import Python
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # web_site, search_server
 from cell import CALL, run
+from leftovers import Left
 
+BEFORE = Left.now()
 _HELD = pytest.StashKey[list[str]]()
 _ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--attacks-table", metavar="FILE", help="write `attack | what held` as Markdown")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The row that looks for leftovers comes after all others of the battery."""
+    here = [item for item in items if item.path.parent == Path(__file__).parent]
+    ordered = iter(sorted(here, key=lambda item: item.path.stem == "test_leftovers"))
+    items[:] = [next(ordered) if item in here else item for item in items]
+
+
+@pytest.fixture(scope="session")
+def before() -> Left:
+    """What there was before the first row."""
+    return BEFORE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder() -> Iterator[Path]:
+    """One of the battery's own, so that what a row leaves in it can be told from others'."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="attacks-", dir="/tmp") as name:
+        Path(name).chmod(0o711)  # the browser runs as another user
+        patch.setattr(tempfile, "tempdir", name)
+        patch.setenv("TMPDIR", name)
+        yield Path(name)
 
 
 @pytest.fixture

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
-import os
 import re
 import shutil
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import pytest
 from cell import gone
 from control_tokens import HOSTILE, control_tokens_of, rendered
 from evidence import peak_of
+from hostile_site import answering
 from search_server import KEY, Answer, SearchServer, bomb, cut, endless, status
 from secret_server import secret
 from thinkloop.agent.agent import Agent
@@ -229,25 +227,6 @@ REPLIES = {
 }  # fmt: skip
 
 
-@asynccontextmanager
-async def answering(first: bytes, again: bytes) -> AsyncIterator[int]:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await reader.read(100_000)
-            writer.write(first)
-            await writer.drain()
-            while again:
-                writer.write(again)
-                await writer.drain()
-        except OSError:
-            pass
-        finally:
-            writer.close()
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        yield server.sockets[0].getsockname()[1]
-
-
 @pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES.keys())
 async def test_an_mcp_server_over_http_sends(held: Held, reply: tuple[bytes, bytes]) -> None:
     async with answering(*reply) as port:
@@ -317,7 +296,7 @@ async def test_a_sandboxed_mcp_server_reaches_for(
 EXHAUSTING = {
     "memory": "[bytearray(200 << 20), time.sleep(10)]",
     "empty files": "[os.close(os.open('/tmp/%d' % i, os.O_CREAT)) for i in range(250_000)] and time.sleep(10)",
-    "many processes": "[__import__('subprocess').Popen(['/usr/bin/python3', '-c', 'x = bytes(60 << 20); input()'], stdin=-1) for _ in range(6)] and time.sleep(10)",
+    "many processes": "[__import__('subprocess').Popen(['/usr/bin/python3', '-c', 'x = bytearray(b\\'x\\') * (60 << 20); input()'], stdin=-1) for _ in range(6)] and time.sleep(10)",
 }  # fmt: skip
 HOME_FILES = "[os.close(os.open('/home/server/%d' % i, os.O_CREAT)) for i in range(150_000)] and time.sleep(1)"
 
@@ -365,8 +344,8 @@ BAD_ANSWERS: dict[str, Callable[[], Answer]] = {
     "a web page": lambda: status(200, b"<!doctype html><title>Log in</title>", {"Content-Type": "text/html"}),
     "an answer that is cut off": cut,
     "JSON that nests without end": lambda: status(200, b'{"results":' + b"[" * 500_000),
-    "a million results": lambda: status(200, b'{"results":[' + b'{"url":"http://a/"},' * 90_000 + b"{}]}"),
-    "results of other types": lambda: status(200, {"results": [7, None, {"url": 7}, {"url": ["http://a/"]}]}),
+    "a million results": lambda: status(200, b'{"web":{"results":[' + b'{"url":7},' * 180_000 + b"{}]}}"),
+    "results of other types": lambda: status(200, {"web": {"results": [7, None, {"url": 7}, {"url": ["http://a/"]}]}}),
     "an error with the key in it": lambda: status(401, {"message": f"bad key {KEY} \x1b[2J{HOSTILE}"}),
     "a compression that was not asked for": lambda: status(200, b"xx", {"Content-Encoding": "br"}),
     "broken gzip": lambda: status(200, b"no gzip", {"Content-Encoding": "gzip"}),
@@ -379,27 +358,28 @@ BAD_ANSWERS: dict[str, Callable[[], Answer]] = {
     "a thousand megabytes of blanks": lambda: Answer(body=lambda: repeat(b" " * (1 << 20), 1000)),
 }
 QUICK = RetryPolicy(tries=1, attempt=1.0, total=2.0, backoff=0.01)
-SERVICES: dict[str, Callable[[str], Any]] = {
-    "searxng": SearXNG,
-    "brave": lambda url: Brave(KEY, base_url=url, interval=0),
-}
 
 
-@pytest.mark.parametrize("service", SERVICES)
+def brave(url: str) -> Brave:
+    return Brave(KEY, base_url=url, interval=0)
+
+
 @pytest.mark.parametrize("name", BAD_ANSWERS)
-async def test_a_search_service_sends(held: Held, name: str, service: str) -> None:
+async def test_a_search_service_sends(held: Held, name: str) -> None:
     started = time.monotonic()
     with SearchServer() as server:
-        server.fail(service, *[BAD_ANSWERS[name]()] * 3)
-        async with Search(SERVICES[service](server.url), retry=QUICK) as search:
+        server.fail("brave", BAD_ANSWERS[name]())
+        async with Search(brave(server.url), retry=QUICK) as search:
             said, megabytes = await peak_of(_searched(search))
     assert time.monotonic() - started < 8
     assert megabytes < 100
     assert KEY not in said
     assert len(said) < 3000
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", said)
-    assert "No results" not in said
-    held(f"reply bounds, and an error is never an empty result: {said.partition('failed: ')[2][:90] or said[:90]}")
+    assert said.startswith("brave failed: ")
+    held(
+        f"reply bounds, and an error is never an empty result: {said.removeprefix('brave failed: ').partition('. You')[0][:90]}"
+    )
 
 
 async def _searched(search: Search) -> str:
@@ -442,16 +422,9 @@ async def test_a_source_of_ones_own_gives_no_hits_but(held: Held) -> None:
 async def test_two_sources_of_which_the_first_is_hostile(held: Held) -> None:
     with SearchServer() as server:
         server.fail("brave", endless(), endless(), endless())
-        sources = (SERVICES["brave"](server.url), SearXNG(server.url))
+        sources = (brave(server.url), SearXNG(server.url))
         async with Search(*sources, retry=QUICK) as search:
             said = await _searched(search)
     assert "https://ports.example/bergen" in said
     assert "brave failed" in said
     held(f"the next source: {said.rpartition('(')[2].rstrip(')')[:90]}")
-
-
-def test_nothing_of_these_servers_is_a_child_any_more(held: Held) -> None:
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    commands = [_read(Path(f"/proc/{pid}/cmdline")).replace("\0", " ") for pid in children]
-    assert [command for command in commands if "plain.py" in command or "rogue_mcp" in command] == []
-    held("every server was ended and waited for")
