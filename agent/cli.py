@@ -139,8 +139,8 @@ def run(
         raise typer.BadParameter("--json and --quiet exclude each other")
     offered = ToolRequest(
         tools=opt.names(tools), corpus=tuple(corpus or ()), engine=engine, web=opt.listed(web), pages=pages,
-        files=tuple(file or ()), keep=keep, allow_hosts=tuple(allow_host or ()), unsafe_python=unsafe_python, servers=tuple(mcp or ()),
-        server_tables=read_servers(),
+        files=tuple(file or ()), keep=keep, allow_hosts=tuple(allow_host or ()), unsafe_python=unsafe_python,
+        servers=tuple(mcp or ()), server_tables=read_servers(),
     )  # fmt: skip
     request = Request(
         task=task, model=model, model_name=model_name, tools=offered, max_steps=max_steps,
