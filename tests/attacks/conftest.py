@@ -42,8 +42,9 @@ def before() -> Left:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def temporary_folder() -> Iterator[Path]:
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One of the battery's own, so that what a row leaves in it can be told from others'."""
+    tmp_path_factory.getbasetemp()  # stays where it is
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="attacks-", dir="/tmp") as name:
         Path(name).chmod(0o711)  # the browser runs as another user
         patch.setattr(tempfile, "tempdir", name)

@@ -22,7 +22,7 @@ class Left:
     def now(cls) -> Self:
         own = os.getpid()
         below = (f"{pid} {_read(pid, 'cmdline')[:200]}" for pid in process_tree(own) if pid != own and _lives(pid))
-        threads = (_read(own, f"task/{name}/comm") for name in os.listdir(f"/proc/{own}/task"))
+        threads = (_read(own, f"task/{path.name}/comm") for path in Path(f"/proc/{own}/task").iterdir())
         return cls(frozenset(below), frozenset(_descriptors()), frozenset(threads))
 
 

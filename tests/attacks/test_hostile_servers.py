@@ -15,6 +15,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from cell import gone
 from control_tokens import HOSTILE, control_tokens_of, rendered
@@ -169,7 +170,9 @@ async def test_an_mcp_server_reads_the_environment(held: Held, monkeypatch: pyte
 async def test_an_mcp_server_changes_its_tools_after_the_first_call(held: Held) -> None:
     async with plain("rug") as server:
         assert await say(server, "hello") == "hello"
-        said = await say(server, "hello")
+        with anyio.fail_after(5):  # its announcement comes behind its answer
+            while (said := await say(server, "hello")) == "hello":
+                await anyio.sleep(0.02)
         assert "refused from now on" in said
         assert [tool.name for tool in server.tools()] == ["x_echo"]
     held(f"fingerprint of the list: {said.removeprefix('error: ')[:100]}")

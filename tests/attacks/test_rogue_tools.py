@@ -346,7 +346,7 @@ async def test_a_turn_of_a_thousand_calls(held: Held) -> None:
     answers = [str(message["content"]) for message in model.conversations[-1] if message["role"] == "tool"]
     ran = sum(answer.startswith("you said") for answer in answers)
     assert (len(answers), ran) == (1000, 4)
-    assert max(map(len, answers)) < 1000
+    assert max(map(len, answers)) < 1500
     held(
         f"16 calls a turn: {ran} ran, {len(answers) - ran} were refused in {max(map(len, answers))} characters or less"
     )
