@@ -21,7 +21,7 @@ from thinkloop.agent.named import Device, Local, Progress, is_url, open_model
 from thinkloop.agent.results import with_paging
 from thinkloop.agent.stream import EventStream
 from thinkloop.engine.params import Sampling
-from thinkloop.tools.tool import Tool, Toolset, declaration
+from thinkloop.tools.tool import Tool, Toolset, declaration, entered
 from thinkloop.traces.events import EndReason, Event, Json, RunStarted, ThinkloopError, Usage
 from thinkloop.traces.writer import TraceWriter
 
@@ -141,7 +141,7 @@ class Agent:
         task = _checked_task(task)
         model = await self._ready_model()
         async with AsyncExitStack() as stack:
-            tools = with_paging(await _ready_tools(self._tools, stack), model.count_tokens)
+            tools = with_paging(await entered(self._tools, stack), model.count_tokens)
             start = self._started(task, model, tools)
             context = Context(model, start.system, task, start.tools)
             writer = stack.enter_context(self._writer(start.run_id)) if self._trace is not False else None
@@ -223,29 +223,9 @@ def _checked_task(task: str) -> str:
     return task
 
 
-async def _ready_tools(given: Sequence[Tool | Toolset], stack: AsyncExitStack) -> dict[str, Tool]:
-    tools: dict[str, Tool] = {}
-    for entry in given:
-        if isinstance(entry, Toolset):
-            await stack.enter_async_context(entry)
-        for tool in entry.tools() if isinstance(entry, Toolset) else [entry]:
-            _check_usable(tool, tools)
-            tools[tool.name] = tool
-    return tools
-
-
 def _notes(given: Sequence[Tool | Toolset]) -> list[str]:
     """What toolsets have to tell the person before the run: an attribute `notes`, where there is one."""
     return [str(note) for entry in given for note in getattr(entry, "notes", ())]
-
-
-def _check_usable(tool: Tool, others: Mapping[str, Tool]) -> None:
-    from thinkloop.tools.validate import check_schema  # brings jsonschema, 60 ms: here, and not in the first step
-
-    if tool.name in others:
-        raise ThinkloopError(f"Two tools are called `{tool.name}`: rename one, the model must tell them apart.")
-    if problem := check_schema(tool.parameters):
-        raise ThinkloopError(f"The `parameters` of tool `{tool.name}` can't be used: {problem}")
 
 
 def _version() -> str:

@@ -44,10 +44,12 @@ class Citation:
 
 @dataclass(slots=True)
 class Shown:
-    """Which lines of which documents the model was shown, from the records of results (`document`, `title`, `lines`)."""
+    """Which lines of which documents the model was shown, from the records of results (`document`, `lines`).
+
+    Documents count by id alone: a title is whatever a page says, another page's address too.
+    """
 
     _lines: dict[str, set[int]] = field(default_factory=dict)
-    _named: dict[str, str] = field(default_factory=dict)
 
     @property
     def documents(self) -> list[str]:
@@ -57,12 +59,10 @@ class Shown:
     def note(self, result: ToolResult, *, cut: bool = False) -> None:
         """Takes in a result; of one that was `cut`, only lines that still stand in it with their number. Records come
         from tools, which may be anybody's: what has another form is passed over."""
-        document, title = result.record.get("document"), result.record.get("title")
+        document = result.record.get("document")
         if not result.ok or not isinstance(document, str):
             return
         shown = self._lines.setdefault(document, set())
-        if isinstance(title, str):
-            self._named.setdefault(title, document)
         left = {int(number) for number in _NUMBERED.findall(result.content)} if cut else None
         for first, last in _ranges(result.record.get("lines")):
             lines = range(first, last + 1)
@@ -74,9 +74,7 @@ class Shown:
         return [self._checked(*parts) for parts in list(found)[:MOST]]
 
     def _checked(self, name: str, first: str, last: str | None, text: str) -> Citation:
-        name = name.strip()
-        document = name if name in self._lines else self._named.get(name, name)
-        start, end = int(first), int(last or first)
+        document, start, end = name.strip(), int(first), int(last or first)
         problem = self._problem(document, start, end)
         return Citation(text=text, document=document, first=start, last=end, problem=problem)
 

@@ -1,4 +1,4 @@
-"""The command line: `run`, `replay`, `trace`, `bench`, `doctor`. What it needs is imported when a command needs it."""
+"""The command line: `run`, `replay`, `trace`, `index`, `mcp`, `bench`, `doctor`. Each imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -221,6 +221,20 @@ def trace_ls(
     from thinkloop.agent.output import list_traces
 
     list_traces(folder)
+
+
+@app.command()
+def trust(debug: Debug = False) -> None:
+    """Allow the thinkloop.toml of this folder, as it stands, to run programs and to reach outside.
+
+    It prints what the file asks for. After a change it has to be trusted again.
+    """
+    from thinkloop.agent.plain import clean
+    from thinkloop.agent.settings import trust_settings
+
+    asked = trust_settings()
+    for wish in asked or ["do nothing that needs trust"]:
+        typer.echo(f"thinkloop.toml may {clean(wish)}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from thinkloop.agent.cut import cut_text
-from thinkloop.tools.tool import Effect, Output, Tool, ToolError
+from thinkloop.tools.tool import Effect, Output, Tool, ToolError, object_schema
 from thinkloop.traces.events import Json, ToolResult
 
 READ_RESULT = "read_result"
@@ -106,16 +106,12 @@ class ResultStore:
 
 
 def _parameters() -> Json:
-    return {
-        "type": "object",
-        "properties": {
-            "call": {"type": "string", "description": "Id of the call, as the cut result says."},
-            "line": {"type": "integer", "minimum": 1, "description": "First line to show."},
-            "find": {"type": "string", "description": "Show only the lines with this text."},
-        },
-        "required": ["call"],
-        "additionalProperties": False,
-    }
+    return object_schema(
+        ["call"],
+        call={"type": "string", "description": "Id of the call, as the cut result says."},
+        line={"type": "integer", "minimum": 1, "description": "First line to show."},
+        find={"type": "string", "description": "Show only the lines with this text."},
+    )
 
 
 @dataclass(frozen=True, slots=True)

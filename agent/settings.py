@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from thinkloop.agent.trust import check_trusted, trust, wishes
 from thinkloop.traces.events import Json, ThinkloopError
 
 FILE = "thinkloop.toml"
@@ -23,9 +24,11 @@ def read_settings(known: Collection[str], path: Path = Path(FILE)) -> dict[str, 
     """The file's options by parameter name (`max_steps`); empty when there is no file.
 
     Keys are the long options without dashes in front (`max-steps = 40`). `known` has the names that exist. Raises
-    `ThinkloopError` for a file that isn't TOML, a key that is no option, or a value that can't be one.
+    `ThinkloopError` for a file that isn't TOML, a key that is no option, a value that can't be one, or a file that asks
+    for what needs trust and hasn't got it.
     """
     data = _read(path)
+    check_trusted(path, data)
     data.pop(SERVERS, None)
     return {_name(key, known, path): _value(key, value, path) for key, value in data.items()}
 
@@ -36,6 +39,15 @@ def read_servers(path: Path = Path(FILE)) -> dict[str, Json]:
     if not isinstance(servers, dict) or not all(isinstance(table, dict) for table in servers.values()):
         raise ThinkloopError(f'{path}: MCP servers are tables, as in `[mcp.files]` with `command = ["…"]` below it.')
     return servers
+
+
+def trust_settings(path: Path = Path(FILE)) -> list[str]:
+    """Trusts the file as it stands, and gives what it asks for. Raises `ThinkloopError` when there is none."""
+    if not path.is_file():
+        raise ThinkloopError(f"There is no {path} here. Settings are read from the current folder.")
+    asked = wishes(_read(path))
+    trust(path)
+    return asked
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,17 +6,18 @@ name that answers differently the next time changes nothing.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 import socket
 import string
+import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from urllib.parse import quote
 
-import anyio.to_thread
-from anyio import CapacityLimiter
-from anyio.lowlevel import RunVar
 from thinkloop.tools.address_ranges import BLOCKED_PORTS, METADATA_NAMES, PRIVATE_SUFFIXES, classify
 from thinkloop.tools.tool import ToolError
 from thinkloop.traces.events import ThinkloopError
@@ -47,7 +48,9 @@ _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _PORT = re.compile(r"[0-9]{1,5}")
 _PORTS = {"http": 80, "https": 443}
-_DNS_THREADS = RunVar[CapacityLimiter]("thinkloop_dns_threads")  # its own: a slow name server holds up nothing else
+_MAX_LOOKUPS = 16  # threads: `getaddrinfo` can't be interrupted, and takes 15 s and more when no name server answers
+_MAX_WAITING = 1000  # lookups
+_SockAddr = tuple[int, int, int, str, tuple[str | int | bytes, ...]]
 
 
 class AddressError(ToolError):
@@ -168,10 +171,11 @@ def authority(host: str, port: int) -> str:
 
 
 async def system_resolver(host: str, port: int) -> list[str]:
-    """The operating system's answers. Runs in a thread; a cancelled caller doesn't wait for it."""
-    limiter = _DNS_THREADS.get(None) or CapacityLimiter(16)
-    _DNS_THREADS.set(limiter)
-    answers = await anyio.to_thread.run_sync(_getaddrinfo, host, port, abandon_on_cancel=True, limiter=limiter)
+    """The operating system's answers. Neither a cancelled caller nor the end of the process waits for them.
+
+    At most 16 lookups run at once in a process, those that nobody waits for any more included; further ones wait.
+    """
+    answers = await asyncio.wrap_future(_LOOKUPS.start(_Lookup(host, port)))
     return [str(sockaddr[0]) for family, *_, sockaddr in answers if family in (socket.AF_INET, socket.AF_INET6)]
 
 
@@ -282,8 +286,52 @@ def _entry(text: str) -> str:
         raise ThinkloopError(f"--allow-host {_shown(text)}: {error} Write HOST or HOST:PORT.") from None
 
 
-def _getaddrinfo(host: str, port: int) -> list[tuple[int, int, int, str, tuple[str | int | bytes, ...]]]:
-    return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+class _Lookup:
+    def __init__(self, host: str, port: int) -> None:
+        self.answers: Future[list[_SockAddr]] = Future()
+        self._asked = (host, port)
+
+    def run(self) -> None:
+        if not self.answers.set_running_or_notify_cancel():
+            return
+        try:
+            self.answers.set_result(list(socket.getaddrinfo(*self._asked, type=socket.SOCK_STREAM)))
+        except Exception as error:
+            self.answers.set_exception(error)
+
+
+class _Lookups:
+    """Threads for lookups, each counted until it really ends; none keeps the process alive (an executor's would)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[_Lookup] = deque()
+        self._threads = 0
+
+    def start(self, lookup: _Lookup) -> Future[list[_SockAddr]]:
+        with self._lock:
+            if self._threads < _MAX_LOOKUPS:
+                threading.Thread(target=self._run, args=(lookup,), name="thinkloop-lookup", daemon=True).start()
+                self._threads += 1
+            else:
+                self._wait(lookup)
+        return lookup.answers
+
+    def _wait(self, lookup: _Lookup) -> None:
+        self._waiting = deque(other for other in self._waiting if not other.answers.cancelled())
+        if len(self._waiting) >= _MAX_WAITING:
+            raise OSError("too many names are being looked up")
+        self._waiting.append(lookup)
+
+    def _run(self, lookup: _Lookup | None) -> None:
+        while lookup:
+            lookup.run()
+            with self._lock:
+                lookup = self._waiting.popleft() if self._waiting else None
+                self._threads -= lookup is None
+
+
+_LOOKUPS = _Lookups()
 
 
 def _shown(text: str) -> str:

@@ -13,22 +13,21 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 from thinkloop.tools import browser_verbs as verbs
 from thinkloop.tools.addresses import Policy, parse_url
 from thinkloop.tools.browser_errors import first_line, net_error, why_not_done
 from thinkloop.tools.browser_page import ACT_SECONDS, Form, StaleRefError, Tab
-from thinkloop.tools.browser_process import END_SECONDS, START_SECONDS
 from thinkloop.tools.browser_sandbox import BrowserError, BrowserLimits
+from thinkloop.tools.browser_scripts import options_of
 from thinkloop.tools.browser_session import Session
 from thinkloop.tools.browser_text import Shown, View, find, first_change, heading, show, unchanged
-from thinkloop.tools.browser_verbs import Verb
+from thinkloop.tools.browser_verbs import BrowserTool, Verb
 from thinkloop.tools.extract_text import clean_line
-from thinkloop.tools.tool import Attachment, Effect, Output, Tool, ToolError
+from thinkloop.tools.tool import Attachment, Output, Tool, ToolError
 from thinkloop.traces.events import Json, ThinkloopError
 
 if TYPE_CHECKING:
@@ -42,17 +41,22 @@ _GROWS = 6  # times that an endless page is scrolled for one call
 
 
 class PageLostError(ToolError):
-    """The page or the browser died in the middle of a call."""
+    """The page or the browser died in the middle of a call; `arrived` says whether the page that was asked for had come."""
+
+    def __init__(self, why: str, *, arrived: bool = False) -> None:
+        super().__init__(f"The page was lost: {why}. The next browser_open starts afresh.")
+        self.arrived = arrived
 
 
 class Browser:
     """A toolset of `browser_open`, `_find`, `_read`, `_click`, `_type`, `_select`, `_back` and `_screenshot`.
 
-    `allow_hosts` are private hosts that may be reached (`host` or `host:port`), `executable` a Chromium to use instead of
-    the one on the PATH, `budget` the most tokens of a result (at four characters each), `downloads` whether files are
-    kept (up to 30 MB each; refused otherwise), `timeout` the seconds of one call, `memory_mb` the bound of all the
-    browser's processes together. With `warm` the browser starts in the background when the toolset is entered, otherwise
-    with the first page. Entering raises `BrowserError` where something is missing.
+    `allow_hosts` are private hosts that may be reached (`host` or `host:port`), by `browser_open` and from each other's
+    pages; pages of other sites can't reach them. `executable` is a Chromium to use instead of the one on the PATH,
+    `budget` the most tokens of a result (at four characters each), `downloads` whether files are kept (8 of up to 30 MB
+    each, 60 MB together; refused otherwise), `timeout` the seconds of one call, `memory_mb` the bound of all the browser's
+    processes together. With `warm` the browser starts in the background when the toolset is entered, otherwise with the
+    first page. Entering raises `BrowserError` where something is missing.
     """
 
     def __init__(
@@ -109,11 +113,11 @@ class Browser:
         """The final URL, title and lines of the page at `url`, read beside the open one: its article, or else all its
         text; a last line in brackets says what was cut. Raises `ToolError`."""
         parse_url(url)
-        tab = await self._new_tab()
+        tab = await self._new_tab(url)
         try:
             async with self._explained(tab):
                 await tab.goto(url, self.timeout * _GOING)
-                self._check_shown(tab, url)
+                self._check_shown(tab)
                 if tab.status >= 400:
                     raise ToolError(f"{url} answered with status {tab.status}; try another result or address")
                 page = await tab.article()
@@ -139,11 +143,15 @@ class Browser:
         parse_url(url)
         try:
             return await self._go(url, form)
-        except PageLostError:  # of a process that had died unnoticed, perhaps; a page that kills its own does it again
+        except PageLostError as error:
+            if error.arrived:  # so it is this page's doing, and would be again
+                raise
             return await self._go(url, form)
 
     async def _go(self, url: str, form: Form) -> Output:
-        tab = self._tab = self._tab or await self._new_tab()
+        if self._tab and self._tab.private != self._session.is_private(url):
+            await self._drop(_BLANK)
+        tab = self._tab = self._tab or await self._new_tab(url)
         self._view, self._blank = None, _BLANK
         async with self._current(tab):
             try:
@@ -151,11 +159,11 @@ class Browser:
             except _errors() as error:
                 if "Download is starting" in error.message:
                     return await self._downloaded(tab)
-                if await self._lost(tab, error):
+                if self._session.sent_wrong(tab, url) or await self._lost(tab, error):
                     raise
                 await self._drop(_BLANK)  # Chromium puts an error page there, at a time of its own
                 raise ToolError(f"{url} was not opened: {self._reason(url, error.message)}") from error
-            self._check_shown(tab, url)
+            self._check_shown(tab)
             return await self._shown(tab, form)
 
     async def _find(self, arguments: Json) -> Output:
@@ -184,10 +192,10 @@ class Browser:
 
     async def _select(self, arguments: Json) -> Output:
         async def choose(element: Locator) -> None:
-            options = await element.evaluate(_OPTIONS)
+            labels, values = await options_of(element)
             wanted = clean_line(str(arguments["value"]), 500)
-            if options and not any(wanted in pair for pair in options):
-                names = ", ".join(repr(clean_line(label, 60)) for label, _ in options[:30])
+            if labels and wanted not in labels and wanted not in values:
+                names = ", ".join(repr(clean_line(label, 60)) for label in labels[:30])
                 raise ToolError(f"There is no option {wanted!r}; there are {names}.")
             await element.select_option(wanted, timeout=ACT_SECONDS * 1000)
 
@@ -199,7 +207,7 @@ class Browser:
         async with self._current(tab):
             if not await tab.back(self.timeout * _GOING):
                 raise ToolError("There is no page before this one.")
-            self._check_shown(tab, tab.url)
+            self._check_shown(tab)
             return await self._shown(tab)
 
     async def _screenshot(self, arguments: Json) -> Output:
@@ -271,7 +279,9 @@ class Browser:
             raise ToolError(self._blank)
         return self._tab
 
-    def _check_shown(self, tab: Tab, url: str) -> None:
+    def _check_shown(self, tab: Tab) -> None:
+        if self._session.sent_wrong(tab, tab.url):
+            raise PageLostError(self._session.lost)
         if problem := self._session.problem(tab):
             self._view, self._blank = None, f"{_BLANK} The last one: {problem}."
             raise ToolError(problem)
@@ -283,9 +293,9 @@ class Browser:
 
     # Pages and their ends
 
-    async def _new_tab(self) -> Tab:
+    async def _new_tab(self, url: str) -> Tab:
         try:
-            return await self._session.open_tab()
+            return await self._session.open_tab(url)
         except (BrowserError, _errors()) as error:
             raise ToolError(f"The browser did not start: {error}") from error
 
@@ -314,7 +324,7 @@ class Browser:
             raise ToolError(f"The page was closed: {tab.lost}. Open it again, or another.") from error
         except _errors() as error:
             if why := await self._lost(tab, error):
-                raise PageLostError(f"The page was lost: {why}. The next browser_open starts afresh.") from error
+                raise PageLostError(why, arrived=tab.events.response is not None) from error
             raise ToolError(f"The browser could not do that: {first_line(error.message)}") from error
 
     async def _lost(self, tab: Tab, error: Error | None = None) -> str:
@@ -339,46 +349,6 @@ class Browser:
             await self._session.context()
 
 
-@dataclass(frozen=True, slots=True)
-class BrowserTool:
-    """What the model may call: one verb."""
-
-    browser: Browser
-    verb: Verb
-    act: Callable[[Browser, Json], Awaitable[Output]]
-    paged: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        return self.verb.name
-
-    @property
-    def description(self) -> str:
-        return self.verb.description
-
-    @property
-    def parameters(self) -> Json:
-        return self.verb.parameters
-
-    @property
-    def effect(self) -> Effect:
-        return self.verb.effect
-
-    @property
-    def deadline(self) -> float:
-        """Later than the tool's own limit, which leaves the browser in order."""
-        return self.browser.timeout + START_SECONDS + 4 * END_SECONDS
-
-    @property
-    def budget(self) -> int:
-        return self.browser.budget
-
-    async def call(self, arguments: Json) -> Output:
-        """Raises `ToolError` for what went wrong."""
-        return await self.browser.call(self.act, arguments)
-
-
-_OPTIONS = "e => e.options ? [...e.options].slice(0, 5000).map(o => [o.label.trim(), o.value]) : []"
 _ACTS: tuple[tuple[Verb, Callable[[Browser, Json], Awaitable[Output]]], ...] = (
     (verbs.OPEN, Browser._open),
     (verbs.FIND, Browser._find),
@@ -409,7 +379,9 @@ async def _grown(tab: Tab, view: View, cursor: int) -> View:
 
 
 def _output(view: View, shown: Shown, ok: bool = True) -> Output:
-    record: Json = {"document": view.url, "lines": [shown.first, shown.last]} if shown.first else {"url": view.url}
+    """Only lines whose numbers mean the same whenever this URL is read are recorded as lines of a document."""
+    lines = shown.ranges(view.citable)
+    record: Json = {"document": view.url, "lines": lines} if lines else {"url": view.url}
     return Output(shown.text, record=record, ok=ok)
 
 

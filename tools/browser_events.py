@@ -20,12 +20,14 @@ from thinkloop.traces.events import Json
 if TYPE_CHECKING:
     from playwright.async_api import CDPSession, Dialog, Download, FileChooser, Frame, Page, Request, Response
 
-MAX_NOTICES, MAX_RESPONSES, MAX_LINKS = 8, 100, 300
+MAX_NOTICES, MAX_RESPONSES = 8, 100
+MAX_URL = 300  # characters of an address in a notice
 MAX_PDF = 30 << 20  # bytes
 MAX_DOWNLOAD = 30 << 20
+MAX_FILES, MAX_FILES_BYTES = 8, 60 << 20  # kept for one result
 _PIECE = 1 << 20
 _AWAITED = frozenset({"document", "script", "stylesheet", "fetch", "xhr"})
-_HOLDS_PLACE = b"<!doctype html><title>PDF</title><p>PDF"
+_HOLDS_PLACE, _EMPTY = b"<!doctype html><title>PDF</title><p>PDF", b"<!doctype html><title></title>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,12 @@ class Document:
 class Events:
     """Listens to one page. What it learns waits here until it is taken."""
 
-    def __init__(self, page: Page, cdp: CDPSession, downloads: Path | None) -> None:
-        self._page, self._cdp, self._downloads = page, cdp, downloads
+    def __init__(
+        self, page: Page, cdp: CDPSession, downloads: Path | None, stays: Callable[[str], bool] | None
+    ) -> None:
+        """`downloads` is where files go, if they may be kept; `stays` says which documents may be shown, if not all."""
+        self._page, self._cdp, self._downloads, self._stays = page, cdp, downloads, stays
+        self._keeping = anyio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self.crashed = ""
         self.failed = ("", "")
@@ -56,7 +62,8 @@ class Events:
         self.navigating: Request | None = None
         self.downloading = self.downloads = 0
         """How many downloads are under way, and have been since the last result."""
-        self._main_frame = ""
+        self.main_frame = ""
+        """By the protocol's id."""
         self.last = time.monotonic()
         """When something was last asked for or answered."""
         self._under_way: dict[Request, float] = {}
@@ -78,9 +85,14 @@ class Events:
         cdp.on("Page.windowOpen", self._window)
         await cdp.send("Page.enable")
         tree: Json = await cdp.send("Page.getFrameTree")
-        self._main_frame = str(tree["frameTree"]["frame"]["id"])
+        self.main_frame = str(tree["frameTree"]["frame"]["id"])
         pattern = {"resourceType": "Document", "requestStage": "Response"}
         await cdp.send("Fetch.enable", {"patterns": [pattern]})
+
+    @property
+    def picky(self) -> bool:
+        """Whether only some documents are shown."""
+        return self._stays is not None
 
     @property
     def document(self) -> Document | None:
@@ -172,19 +184,23 @@ class Events:
     # Documents
 
     async def _paused(self, event: Json) -> None:
-        """A document's answer has begun: let it through, or take a PDF out of Chromium's hands."""
+        """A document's answer has begun: let it through, or show nothing of it, or take a PDF out of Chromium's hands."""
         request = {"requestId": event["requestId"]}
-        main = event.get("frameId") == self._main_frame
+        if self._stays and not self._stays(str(event["request"]["url"])):
+            await self._fulfil(request, 403, _EMPTY)
+            return
+        main = event.get("frameId") == self.main_frame
         if not main or _media_type(event) != "application/pdf" or event.get("responseStatusCode") != 200:
             await self._cdp.send("Fetch.continueRequest", request)
             return
         body = await self._body(request)
         self._pdf = Document(event["request"]["url"], "application/pdf", body[:MAX_PDF], len(body) <= MAX_PDF)
+        await self._fulfil(request, 200, _HOLDS_PLACE)
+
+    async def _fulfil(self, request: Json, status: int, body: bytes) -> None:
         headers = [{"name": "Content-Type", "value": "text/html"}]
-        content = base64.b64encode(_HOLDS_PLACE).decode()
-        await self._cdp.send(
-            "Fetch.fulfillRequest", {**request, "responseCode": 200, "responseHeaders": headers, "body": content}
-        )
+        answer = {"responseCode": status, "responseHeaders": headers, "body": base64.b64encode(body).decode()}
+        await self._cdp.send("Fetch.fulfillRequest", request | answer)
 
     async def _body(self, request: Json) -> bytes:
         """The answer's body; of a large one a little more than `MAX_PDF`."""
@@ -211,20 +227,25 @@ class Events:
         self.notice("the page asked for a file to upload, which isn't possible here")
 
     def _window(self, event: Json) -> None:
-        self.notice(f"a pop-up to {clean_line(event['url'], MAX_LINKS)} was not opened; open it with browser_open")
+        self.notice(f"a pop-up to {clean_line(event['url'], MAX_URL)} was not opened; open it with browser_open")
 
     async def _popup(self, page: Page) -> None:
         await page.close()
 
     async def _download(self, download: Download) -> None:
-        name, url = clean_line(download.suggested_filename, 100), clean_line(download.url, MAX_LINKS)
+        name, url = clean_line(download.suggested_filename, 100), clean_line(download.url, MAX_URL)
         self.downloads += 1
         if self._downloads is None:
             self.notice(f"the download of {name!r} from {url} was refused: downloads are not allowed here")
             return
+        if self.downloads > MAX_FILES:
+            await download.cancel()
+            self.notice(f"{name!r} was not downloaded: at most {MAX_FILES} files are kept at a time")
+            return
         self.downloading += 1
         try:
-            await self._keep(download, name)
+            async with self._keeping:
+                await self._keep(download, name)
         finally:
             self.downloading -= 1
             self.last = time.monotonic()
@@ -235,6 +256,9 @@ class Events:
         await download.delete()
         if data is None:
             self.notice(f"the download {name!r} has more than {MAX_DOWNLOAD >> 20} MB and was not kept")
+            return
+        if len(data) + sum(len(file.data) for file in self.files) > MAX_FILES_BYTES:
+            self.notice(f"{name!r} was not kept: the files have more than {MAX_FILES_BYTES >> 20} MB together")
             return
         self.files.append(Attachment(name, "application/octet-stream", data))
         self.notice(f"{name!r} was downloaded ({len(data)} bytes) and kept for the person")

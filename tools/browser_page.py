@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import anyio
 from thinkloop.tools.browser_events import MAX_PDF, Document, Events
+from thinkloop.tools.browser_scripts import Scripts
 from thinkloop.tools.browser_text import View, snapshot_lines
 from thinkloop.tools.extract import Extractor
 from thinkloop.tools.extract import Page as ExtractedPage
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 Form = Literal["page", "article"]
 
 MAX_ELEMENTS = 20_000  # a snapshot takes 0.1 ms an element: 2 s
-MAX_CHARACTERS = 1_000_000  # of a page's text, beyond which there is no snapshot either
+MAX_CHARACTERS = 1_000_000  # of a page's text and attributes, beyond which there is no snapshot either
 MAX_HTML = 5_000_000  # characters given to the extractor
 MAX_BODY = 1_000_000  # bytes of the main document kept for the trace
 SNAPSHOT_SECONDS = 6.0
@@ -34,33 +35,9 @@ ACT_SECONDS = 5.0  # for an element to become ready to be clicked or filled
 _CLOSE_SECONDS = 3.0
 _QUIET, _SETTLE = 0.06, 3.0  # seconds without traffic that count as done; the most to wait for them
 _STEP = 0.02
+_MOVED_ON = re.compile(r"context was destroyed|Cannot find context|No frame for given id|navigated or closed")
 
 _REF = re.compile(r"(?:\[?ref=)?((?:f\d{1,9})?e\d{1,9})\]?")
-_SIZE = """max => {
-  const walk = document.createTreeWalker(document.documentElement, NodeFilter.SHOW_TEXT);
-  let size = 0;
-  while (size < max && walk.nextNode()) size += walk.currentNode.data.length;
-  return [document.getElementsByTagName('*').length, size];
-}"""
-_HTML = "max => document.documentElement.outerHTML.slice(0, max)"
-_TEXT = """([max, seconds]) => {
-  const until = performance.now() + seconds * 1000, skip = new Set(['SCRIPT', 'STYLE', 'NOSCRIPT', 'TEMPLATE', 'HEAD']);
-  const inline = new Set(['A', 'B', 'I', 'EM', 'STRONG', 'CODE', 'SPAN', 'SMALL', 'SUB', 'SUP', 'MARK', 'TIME', 'LABEL']);
-  const pick = node => node.nodeType === 1 && skip.has(node.nodeName) ? NodeFilter.FILTER_REJECT : NodeFilter.FILTER_ACCEPT;
-  const walk = document.createTreeWalker(document.body || document.documentElement, 5, pick), parts = [];
-  let size = 0;
-  while (walk.nextNode() && size < max) {
-    const node = walk.currentNode;
-    if (node.nodeType === 3) parts.push(node.data.slice(0, max));
-    else if (!inline.has(node.nodeName)) parts.push('\\n');
-    else if (node.nodeName === 'A' && node.href) parts.push(` <${String(node.href).slice(0, 200)}> `);
-    else continue;
-    size += parts[parts.length - 1].length;
-    if (parts.length % 1000 === 0 && performance.now() > until) break;
-  }
-  return parts.join('').slice(0, max);
-}"""
-_BOTTOM = "() => scrollTo(0, document.documentElement.scrollHeight)"
 _TEXT_CHARACTERS, _TEXT_SECONDS = 200_000, 2.0
 
 
@@ -90,13 +67,22 @@ class Tab:
 
     def __init__(self, page: Page, cdp: CDPSession, events: Events, extractor: Extractor) -> None:
         self.events, self._page, self._cdp, self._extractor = events, page, cdp, extractor
+        self._scripts = Scripts(cdp, events.main_frame)
         self._kept: tuple[Response, Document | None] | None = None
 
     @classmethod
-    async def open(cls, page: Page, extractor: Extractor, downloads: Path | None = None) -> Self:
-        """Listen to `page`, which is blank. Files go to `downloads`; without it they are refused."""
+    async def open(
+        cls,
+        page: Page,
+        extractor: Extractor,
+        *,
+        downloads: Path | None = None,
+        stays: Callable[[str], bool] | None = None,
+    ) -> Self:
+        """Listen to `page`, which is blank. Files go to `downloads`; without it they are refused. With `stays`, documents
+        of other addresses come as empty ones with status 403."""
         cdp = await page.context.new_cdp_session(page)
-        events = Events(page, cdp, downloads)
+        events = Events(page, cdp, downloads, stays)
         await events.listen()
         return cls(page, cdp, events, extractor)
 
@@ -108,6 +94,11 @@ class Tab:
     @property
     def url(self) -> str:
         return self._page.url
+
+    @property
+    def private(self) -> bool:
+        """Whether it shows some documents only."""
+        return self.events.picky
 
     @property
     def status(self) -> int:
@@ -151,14 +142,14 @@ class Tab:
 
     async def scroll_to_end(self) -> None:
         """What endless pages wait for before they load more."""
-        await self._page.evaluate(_BOTTOM)
+        await self._scripts.scroll_to_end()
         await self._settle(_SETTLE)
 
     async def article(self) -> ExtractedPage:
         """The text of the page, "article" where there is one, else all of it. Raises `ToolError`."""
         document = self.events.document
         if document is None:
-            html = str(await self._page.evaluate(_HTML, MAX_HTML))
+            html = await self._scripts.html(MAX_HTML)
             document = Document(self._page.url, "text/html", html.encode("utf-8", "replace"))
         return await self._extract(document)
 
@@ -169,13 +160,13 @@ class Tab:
         try:
             return await self._look(form)
         except Error as error:  # it went on to another page just now
-            if self.lost or "context was destroyed" not in error.message:
+            if self.lost or not _MOVED_ON.search(error.message):
                 raise
             await self._settle(_SETTLE)
             return await self._look(form)
 
     async def _look(self, form: Form) -> View:
-        title = clean_line(await self._page.title(), 200)
+        title, elements, characters = await self._scripts.measure(MAX_ELEMENTS, MAX_CHARACTERS)
         url = clean_line(self._page.url, 500)
         if self.events.document:
             return _extracted_view(await self.article(), title, url)
@@ -186,7 +177,6 @@ class Tab:
                 self.events.notice(f"no article could be taken out ({error}); here is the page")
         if _is_plain(self.events.response):
             return await self._plain_text(title, url)
-        elements, characters = await self._page.evaluate(_SIZE, MAX_CHARACTERS)
         small = elements <= MAX_ELEMENTS and characters < MAX_CHARACTERS
         snapshot = await self._snapshot() if small else None
         if snapshot is None:
@@ -245,7 +235,7 @@ class Tab:
         return None
 
     async def _start_of_text(self, title: str, url: str, elements: int) -> View:
-        text = str(await self._page.evaluate(_TEXT, [_TEXT_CHARACTERS, _TEXT_SECONDS]))
+        text = await self._scripts.text(_TEXT_CHARACTERS, _TEXT_SECONDS)
         lines = filter(None, (" ".join(row.split()) for row in bounded(text).lines))
         note = (
             f"this page is too large or too deep for refs ({elements} elements): here is the start of its text, with the "
@@ -255,7 +245,7 @@ class Tab:
 
     async def _plain_text(self, title: str, url: str) -> View:
         """A text file, whose line ends and indents a snapshot would lose."""
-        text = str(await self._page.evaluate(_TEXT, [2 * _TEXT_CHARACTERS, _TEXT_SECONDS]))
+        text = await self._scripts.text(2 * _TEXT_CHARACTERS, _TEXT_SECONDS)
         note = f"cut after {2 * _TEXT_CHARACTERS} characters" if len(text) >= 2 * _TEXT_CHARACTERS else ""
         return View(title, url, tuple(bounded(text).lines), note)
 
@@ -302,4 +292,5 @@ def _is_plain(response: Response | None) -> bool:
 
 def _extracted_view(page: ExtractedPage, title: str, url: str) -> View:
     links = [f"[#{number}] {text}: {address}" for number, (text, address) in enumerate(page.links, 1)]
-    return View(page.title or title, url, (*page.lines, *(["Links:", *links] if links else [])), page.note, refs=False)
+    lines = (*page.lines, *(["Links:", *links] if links else []))
+    return View(page.title or title, url, lines, page.note, refs=False, citable=len(page.lines))

@@ -8,8 +8,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Self
 
 import anyio
 import anyio.to_thread
-from thinkloop.tools.browser_sandbox import PORT, BrowserError, BrowserLimits, explain, find_chromium, plan
-from thinkloop.tools.sandbox_limits import Watchdog, process_tree
+from thinkloop.tools.browser_driver import Driver
+from thinkloop.tools.browser_popups import Popups
+from thinkloop.tools.browser_sandbox import PROXY, SOCKETS, BrowserError, BrowserLimits, explain, find_chromium, plan
+from thinkloop.tools.process_tree import hold, kill_held, process_tree, resident_bytes
+from thinkloop.tools.sandbox_limits import Watchdog
 
 __all__ = ["BrowserError", "BrowserLimits", "Chromium", "Settings", "check_extra", "find_chromium", "prepare"]
 
@@ -50,7 +53,8 @@ def check_extra() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a start needs: the two programs, the bounds, and the folder with `proxy.sock` (and `downloads`, if allowed)."""
+    """What a start needs: the two programs, the bounds, and the folder with the proxies' sockets (and `downloads`, if
+    allowed)."""
 
     bwrap: str
     chromium: Path
@@ -63,12 +67,13 @@ class Chromium:
     """A running browser. `lost` says why it can't be used any more; empty while it can."""
 
     def __init__(
-        self, playwright: Playwright, browser: PlaywrightBrowser, processes: Processes, memory_mb: int
+        self, driver: Driver, browser: PlaywrightBrowser, popups: Popups, processes: Processes, limits: BrowserLimits
     ) -> None:
-        self.browser, self.processes, self.lost = browser, processes, ""
-        self._playwright = playwright
-        self._watchdog = Watchdog(processes.inside, memory_mb << 20, self._on_excess)
+        self.browser, self.popups, self.processes, self.lost = browser, popups, processes, driver.lost
+        self._driver = driver
+        self._watchdog = _Watchdog(processes, limits, self._end_for)
         self._watchdog.start()
+        driver.on_lost = self._end_for
         browser.on("disconnected", lambda _: self._lose("the browser ended unexpectedly"))
 
     @classmethod
@@ -76,18 +81,18 @@ class Chromium:
         """Start driver and browser, in about 0.6 s. Raises `BrowserError`. Cancelling ends what was started."""
         prepare(settings)
         await anyio.to_thread.run_sync(_import_playwright)
-        playwright = await _start_driver()
-        launching = asyncio.ensure_future(_launch(playwright, settings))
+        driver = await _start_driver()
+        launching = asyncio.ensure_future(_launch(driver.playwright, settings))
         try:
-            browser = await asyncio.shield(launching)
-            return cls(playwright, browser, Processes.of(settings.folder), settings.limits.memory_mb)
+            browser, popups = await asyncio.shield(launching)
+            return cls(driver, browser, popups, Processes.of(settings.folder), settings.limits)
         except BaseException:
             with anyio.CancelScope(shield=True):  # the driver would forget the folders of half a launch
                 await asyncio.wait([launching], timeout=END_SECONDS)
             if not launching.cancel():
                 launching.exception()  # read here, or asyncio logs it
             processes = Processes.of(settings.folder)
-            await _end_driver(playwright)
+            await _end_driver(driver)
             await processes.end()
             raise
 
@@ -99,17 +104,31 @@ class Chromium:
         self._watchdog.end()
         with anyio.move_on_after(END_SECONDS, shield=True), suppress(Error):
             await self.browser.close()
-        await _end_driver(self._playwright)
+        await _end_driver(self._driver)
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self._watchdog.join)
         await self.processes.end()
 
-    def _on_excess(self, reason: str) -> None:
-        self._lose(reason.replace("it used", "the browser used"))
-        self.processes.kill_browser()
+    def _end_for(self, reason: str) -> None:
+        """From any thread. The driver goes too: what it holds may be the reason."""
+        self._lose(reason)
+        self.processes.kill()
 
     def _lose(self, reason: str) -> None:
         self.lost = self.lost or reason
+
+
+class _Watchdog(Watchdog):
+    """Watches the browser's processes in sum, and the driver, which keeps what pages log, throw and send."""
+
+    def __init__(self, processes: Processes, limits: BrowserLimits, on_excess: Callable[[str], None]) -> None:
+        super().__init__(processes.inside, limits.memory_mb << 20, on_excess)
+        self._driver, self._driver_mb = processes.driver, limits.driver_mb
+
+    def _objection(self) -> str:
+        if resident_bytes(self._driver) > self._driver_mb << 20:
+            return f"the page's logs, errors and requests took the browser's driver over {self._driver_mb} MB of memory"
+        return super()._objection().replace("it used", "the browser used")
 
 
 class Processes:
@@ -120,7 +139,7 @@ class Processes:
         tree = list(process_tree(bwrap)) if bwrap else []
         self.inside = tree[1] if len(tree) > 1 else 0
         """Pid 1 of the sandbox, by the host's number."""
-        self._held = [fd for pid in (self.inside, bwrap, driver) if (fd := _hold(pid)) is not None]
+        self._held = [fd for pid in (self.inside, bwrap, driver) if pid and (fd := hold(pid)) is not None]
 
     @classmethod
     def of(cls, folder: Path) -> Self:
@@ -130,13 +149,13 @@ class Processes:
         except FileNotFoundError:
             return cls(0, 0, "")
 
-    def kill_browser(self) -> None:
-        """Kill pid 1 of the inside, with which everything there dies, and leave the rest to the driver. Doesn't wait."""
-        self._kill(self._held[:1])
+    def kill(self) -> None:
+        """Kill them all, with pid 1 of the inside everything there. Doesn't wait."""
+        kill_held(self._held)
 
     async def end(self) -> None:
         """Kill what still runs, wait until all have ended, and remove the profile folder that the driver made."""
-        self._kill(self._held)
+        kill_held(self._held)
         with anyio.move_on_after(END_SECONDS, shield=True):
             for fd in self._held:
                 await anyio.wait_readable(fd)
@@ -145,17 +164,6 @@ class Processes:
         self._held = []
         if self.profile.name.startswith("playwright"):
             shutil.rmtree(self.profile, ignore_errors=True)
-
-    def _kill(self, held: list[int]) -> None:
-        for fd in held:
-            with suppress(OSError):
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-
-
-def _hold(pid: int) -> int | None:
-    with suppress(OSError):
-        return os.pidfd_open(pid) if pid else None
-    return None
 
 
 def _import_playwright() -> None:
@@ -185,40 +193,45 @@ def _hand_over(folder: Path, uid: int | None) -> None:
             f"The browser's user may not enter {closed[0]}: set TMPDIR to a folder open to all, such as /tmp"
         )
     folder.chmod(0o711)
-    for name in ("proxy.sock", "downloads"):
+    for name in (*SOCKETS, "downloads"):
         if (folder / name).exists():
             os.chown(folder / name, uid, uid)
             (folder / name).chmod(0o700)
 
 
-async def _start_driver() -> Playwright:
-    """Shielded, because a start cut in the middle leaves no handle to end the driver with; takes 0.3 s."""
-    from playwright.async_api import Error, async_playwright
+async def _start_driver() -> Driver:
+    """Shielded, because a start cut in the middle leaves no handle to end the driver with."""
+    from playwright.async_api import Error
 
+    driver = Driver()
     try:
         with anyio.fail_after(START_SECONDS, shield=True):
-            return await async_playwright().start()
+            await driver.start()
+            return driver
     except (Error, OSError, TimeoutError) as error:
         raise BrowserError(
             f"Playwright's driver did not start: {error or 'no answer'}. Reinstall playwright."
         ) from error
 
 
-async def _launch(playwright: Playwright, settings: Settings) -> PlaywrightBrowser:
+async def _launch(playwright: Playwright, settings: Settings) -> tuple[PlaywrightBrowser, Popups]:
     from playwright.async_api import Error
 
     try:
-        return await playwright.chromium.launch(
+        browser = await playwright.chromium.launch(
             executable_path=settings.folder / "chromium",
             chromium_sandbox=True,
             env={},
-            proxy={"server": f"http://127.0.0.1:{PORT}", "bypass": "<-loopback>"},
+            proxy=PROXY,
             args=_ARGUMENTS,
             ignore_default_args=_NOT_WANTED,
             artifacts_dir=settings.folder / "artifacts",
             downloads_path=settings.folder / "downloads",
             timeout=START_SECONDS * 1000,
         )
+        popups = Popups(await browser.new_browser_cdp_session())
+        await popups.listen()
+        return browser, popups
     except Error as error:
         raise BrowserError(explain(_said(error.message))) from error
 
@@ -229,8 +242,8 @@ def _said(message: str) -> str:
     return "\n".join(dict.fromkeys(rows[-5:])) or message.strip().splitlines()[0]
 
 
-async def _end_driver(playwright: Playwright) -> None:
+async def _end_driver(driver: Driver) -> None:
     from playwright.async_api import Error
 
     with anyio.move_on_after(END_SECONDS, shield=True), suppress(Error):
-        await playwright.stop()
+        await driver.stop()

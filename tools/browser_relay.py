@@ -1,7 +1,7 @@
 """Runs inside the browser's sandbox, with the standard library alone: starts the browser, and carries its connections
-from 127.0.0.1 (the only network there is) to the proxy's unix socket.
+from 127.0.0.1 (the only network there is) to the proxies' unix sockets.
 
-    python -I -S browser_relay.py SOCKET PORT BROWSER [ARGUMENT...]
+    python -I -S browser_relay.py PORT=SOCKET[,PORT=SOCKET] BROWSER [ARGUMENT...]
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ def _serve(listener: socket.socket, path: str) -> None:
         Thread(target=_connection, args=(client, path), daemon=True).start()
 
 
-def main(path: str, port: str, *command: str) -> int:
+def main(ways: str, *command: str) -> int:
     """Run the browser; its exit status is ours."""
-    listener = socket.create_server(("127.0.0.1", int(port)), backlog=128)
-    Thread(target=_serve, args=(listener, path), daemon=True).start()
+    for way in ways.split(","):
+        port, _, path = way.partition("=")
+        listener = socket.create_server(("127.0.0.1", int(port)), backlog=128)
+        Thread(target=_serve, args=(listener, path), daemon=True).start()
     return subprocess.run(command, pass_fds=_DEVTOOLS_PIPE, check=False).returncode
 
 

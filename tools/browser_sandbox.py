@@ -10,19 +10,27 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from thinkloop.tools import seccomp
-from thinkloop.tools.sandbox import Interpreter, SandboxError, find_bwrap, fresh_uid, interpreters
+from thinkloop.tools import bwrap, seccomp
+from thinkloop.tools.sandbox import Interpreter, SandboxError, explain_failure, find_bwrap, fresh_uid, interpreters
 from thinkloop.traces.events import Json, ThinkloopError
 
+if TYPE_CHECKING:
+    from playwright.async_api import ProxySettings
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PORT = 3128  # of the relay, on the loopback of the browser's own network namespace
-HOME, PROFILE, SOCKET, RELAY = "/home/browser", "/home/browser/profile", "/run/proxy.sock", "/run/relay.py"
+SOCKETS = {"proxy.sock": 3128, "private.sock": 3129}
+"""The proxies' sockets, by name here and under /run inside, and the relay's ports for them, on the loopback of the browser's
+own network namespace. `private.sock` is the way to private hosts, where a person has allowed some."""
+PROXY: ProxySettings = {"server": "http://127.0.0.1:3128", "bypass": "<-loopback>"}
+PRIVATE_PROXY: ProxySettings = {"server": "http://127.0.0.1:3129", "bypass": "<-loopback>"}
+HOME, PROFILE, RELAY = "/home/browser", "/home/browser/profile", "/run/relay.py"
 
 _MB = 1024 * 1024
 _INSTALL = "install one with `apt-get install chromium`, or name it: Browser(executable=...)"
 _LAUNCHERS = {"chromium": "/usr/lib/chromium/chromium"}  # Debian's is a shell script; the program itself starts sooner
-_ETC = ("ld.so.cache", "fonts", "alternatives", "localtime")
+_SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/fonts", "/etc/alternatives", "/etc/localtime", "/var/cache/fontconfig")
 _POLICY = {  # a second wall behind the checks of `browser_open`; Chromium obeys it whatever a page or a model asks for
     "URLBlocklist": ["file://*", "chrome://*", "chrome-untrusted://*", "devtools://*", "view-source:*", "ftp://*"],
     "DnsOverHttpsMode": "off",
@@ -60,6 +68,8 @@ class BrowserLimits:
 
     memory_mb: int = 3072
     """Of all processes together, shared pages counted once; a watchdog ends the browser above it."""
+    driver_mb: int = 600
+    """Of the driver, which has 120 on its own; the same watchdog."""
     disk_mb: int = 256
     """Of the profile, of /tmp and of shared memory, each."""
     file_mb: int = 512
@@ -91,21 +101,21 @@ def find_chromium(named: str | Path | None = None) -> Path:
 def check_machine() -> str:
     """The path of bubblewrap. Raises `BrowserError` where the browser can't be locked in."""
     try:
-        return find_bwrap()
+        return find_bwrap("browser tool")
     except SandboxError as error:
-        raise BrowserError(str(error).replace("python tool", "browser tool")) from error
+        raise BrowserError(str(error)) from error
 
 
-def plan(bwrap: str, chromium: Path, folder: Path, limits: BrowserLimits, *, downloads: bool) -> Json:
+def plan(program: str, chromium: Path, folder: Path, limits: BrowserLimits, *, downloads: bool) -> Json:
     """What `browser_launch.py` executes, as JSON. `folder` holds the proxy's socket and, if allowed, the downloads."""
-    uid, python, program = fresh_uid(), _interpreter(), _program(chromium)
+    uid, python, browser = fresh_uid(), _interpreter(), _program(chromium)
     return {
-        "bwrap": bwrap,
+        "bwrap": program,
         "uid": uid,
         "pids": str(folder / "pids"),
         "profile": PROFILE,
         "rlimits": limits.rlimits(uid is not None),
-        "arguments": [*_isolation(python), *_system(python, program), *_scratch(limits), *_ways_out(folder, downloads)],
+        "arguments": [*_isolation(python), *_system(python, browser), *_scratch(limits), *_ways_out(folder, downloads)],
         "files": {
             RELAY: Path(__file__).with_name("browser_relay.py").read_text(),
             "/etc/passwd": f"browser:x:1000:1000::{HOME}:/usr/sbin/nologin\n",
@@ -114,7 +124,7 @@ def plan(bwrap: str, chromium: Path, folder: Path, limits: BrowserLimits, *, dow
         },
         "filter": seccomp.build_filter(needed=NEEDED_CALLS).hex(),
         "seal": ["--remount-ro", "/", "--chdir", HOME],
-        "command": [python.path, "-I", "-S", "-B", RELAY, SOCKET, str(PORT), str(program)],
+        "command": [python.path, "-I", "-S", "-B", RELAY, _relayed(folder), str(browser)],
     }
 
 
@@ -130,46 +140,32 @@ def _program(chromium: Path) -> Path:
 
 
 def _isolation(python: Interpreter) -> list[str]:
-    # fmt: off
-    arguments = ["--unshare-all", "--unshare-user", "--die-with-parent", "--cap-drop", "ALL", "--uid", "1000",
-                 "--gid", "1000", "--hostname", "browser", "--clearenv"]
-    # fmt: on
     environment = {"PATH": "/usr/bin:/bin", "HOME": HOME, "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
-    if python.prefix:
-        environment["LD_LIBRARY_PATH"] = "/opt/python/lib"
-    for key, value in environment.items():
-        arguments += ["--setenv", key, value]
-    return arguments
+    return bwrap.isolation(environment | python.environment(), hostname="browser", has_own=True)
 
 
 def _system(python: Interpreter, program: Path) -> list[str]:
-    arguments = ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev"]
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        path = Path("/", name)
-        if path.is_symlink():
-            arguments += ["--symlink", str(path.readlink()), str(path)]
-        elif path.is_dir():
-            arguments += ["--ro-bind", str(path), str(path)]
-    for name in _ETC:
-        arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
-    arguments += ["--ro-bind-try", "/var/cache/fontconfig", "/var/cache/fontconfig"]
-    if python.prefix:
-        arguments += ["--ro-bind", str(python.prefix), "/opt/python"]
+    arguments = [*bwrap.system(), "--dev", "/dev", *bwrap.where_present(*_SYSTEM_FILES), *python.binds()]
     if not program.is_relative_to("/usr"):
         arguments += ["--ro-bind", str(program.parent), str(program.parent)]
     return arguments
 
 
 def _scratch(limits: BrowserLimits) -> list[str]:
-    arguments: list[str] = []
-    for folder in ("/dev/shm", HOME, "/tmp"):
-        arguments += ["--size", str(limits.disk_mb * _MB), "--tmpfs", folder]
-    return arguments
+    return [part for folder in ("/dev/shm", HOME, "/tmp") for part in bwrap.scratch(folder, limits.disk_mb * _MB)]
+
+
+def _sockets(folder: Path) -> list[str]:
+    return [name for name in SOCKETS if (folder / name).exists()]
+
+
+def _relayed(folder: Path) -> str:
+    return ",".join(f"{SOCKETS[name]}=/run/{name}" for name in _sockets(folder))
 
 
 def _ways_out(folder: Path, downloads: bool) -> list[str]:
-    """The proxy's socket; with `downloads` the one folder of the host that the browser may write to."""
-    arguments = ["--bind", str(folder / "proxy.sock"), SOCKET]
+    """The proxies' sockets; with `downloads` the one folder of the host that the browser may write to."""
+    arguments = [part for name in _sockets(folder) for part in ("--bind", str(folder / name), f"/run/{name}")]
     if downloads:
         arguments += ["--bind", str(folder / "downloads"), str(folder / "downloads")]
     return arguments
@@ -177,7 +173,4 @@ def _ways_out(folder: Path, downloads: bool) -> list[str]:
 
 def explain(message: str) -> str:
     """One paragraph for a person about a start that failed."""
-    from thinkloop.tools.sandbox import explain_failure
-
-    said = explain_failure(shutil.which("bwrap") or "bwrap", message)
-    return said.replace("python tool", "browser tool").replace("/usr/bin/python3", "the browser")
+    return explain_failure(shutil.which("bwrap") or "bwrap", message, tool="browser tool", needs="the browser")

@@ -10,10 +10,10 @@ from itertools import islice
 from typing import NamedTuple
 
 from thinkloop.tools.extract_text import clean_line, wrap
+from thinkloop.tools.tool import CHARACTERS_PER_TOKEN
 
 MAX_LINES = 20_000
 JOIN = 200  # characters; neighbours that fit on a line of this length share it
-CHARACTERS_PER_TOKEN = 4
 
 _MAX_TEXT = 200_000  # characters of one text
 _OPTIONS = 40  # of a select field
@@ -62,14 +62,27 @@ class View:
     note: str = ""
     refs: bool = True
     """Whether the lines carry the refs that click, type and select take."""
+    citable: int = 0
+    """How many lines from the first on have the numbers that they have wherever this URL is read as an article."""
 
 
 class Shown(NamedTuple):
-    """A part of a view: its text with a header, and its first and last line (0, 0: none)."""
+    """A part of a view: its text with a header, and the numbers of its lines."""
 
     text: str
-    first: int
-    last: int
+    numbers: Sequence[int] = ()
+
+    def ranges(self, last: int) -> list[list[int]]:
+        """The lines up to `last` as `[first, last]` pairs."""
+        pairs: list[list[int]] = []
+        for number in self.numbers:
+            if number > last:
+                break
+            if pairs and pairs[-1][1] == number - 1:
+                pairs[-1][1] = number
+            else:
+                pairs.append([number, number])
+        return pairs
 
 
 @dataclass(slots=True)
@@ -91,10 +104,7 @@ def snapshot_lines(snapshot: str) -> tuple[str, ...]:
     Refs stay on what can be acted on and on what the page styles as clickable; wrappers without a name or text give way
     to their children; short neighbours share a line; a table's row is a line.
     """
-    return _bounded(line for text in _blocks(_parse(snapshot).children, 0) for line in _indented_wrap(text))
-
-
-def _bounded(lines: Iterable[str]) -> tuple[str, ...]:
+    lines = (line for text in _blocks(_parse(snapshot).children, 0) for line in _indented_wrap(text))
     return tuple(islice(lines, MAX_LINES))
 
 
@@ -310,7 +320,7 @@ def _titled(node: _Node, depth: int) -> Iterator[str]:
 # Showing a part
 
 
-def show(view: View, cursor: int, budget: int, notices: Sequence[str] = (), tail: str = "") -> Shown:
+def show(view: View, cursor: int, budget: int, notices: Sequence[str] = ()) -> Shown:
     """Numbered lines from `cursor` on, within `budget` tokens; the first line says which page and which part of it."""
     room = budget * CHARACTERS_PER_TOKEN - len(view.title) - len(view.url) - 120
     extra = _fitting([f"({notice})" for notice in (*notices, view.note) if notice], room // 2)
@@ -318,17 +328,15 @@ def show(view: View, cursor: int, budget: int, notices: Sequence[str] = (), tail
     rows = _fitting((f"{number}: {text}" for number, text in _from(view, cursor)), room)
     last = cursor + len(rows) - 1
     if not rows:
-        return Shown("\n".join([f"{heading(view)} (no text)", *extra]), 0, 0)
+        return Shown("\n".join([f"{heading(view)} (no text)", *extra]))
     part = f"lines {cursor}-{last} of {len(view.lines)}"
     more = f"; read on with browser_read(cursor={last + 1})" if last < len(view.lines) else ""
-    return Shown("\n".join([f"{heading(view)} ({part}{more}{tail})", *extra, *rows]), cursor, last)
+    return Shown("\n".join([f"{heading(view)} ({part}{more})", *extra, *rows]), range(cursor, last + 1))
 
 
 def unchanged(view: View, notices: Sequence[str]) -> Shown:
     """What is said instead of the same page once more."""
-    return Shown(
-        "\n".join([f"{heading(view)} (nothing changed on the page)", *(f"({text})" for text in notices)]), 0, 0
-    )
+    return Shown("\n".join([f"{heading(view)} (nothing changed on the page)", *(f"({text})" for text in notices)]))
 
 
 def find(view: View, text: str, budget: int) -> Shown:
@@ -338,10 +346,11 @@ def find(view: View, text: str, budget: int) -> Shown:
     rows = _fitting((f"{number}: {line}" for number, line in hits), room)
     part = f"{clean_line(text, 60)!r} on {len(hits)} of {len(view.lines)} lines"
     if not hits:
-        return Shown(f"{heading(view)} ({part})", 0, 0)
+        return Shown(f"{heading(view)} ({part})")
     more = f"; the first {len(rows)} are here" if len(rows) < len(hits) else ""
     around = f"; read around one with browser_read(cursor={hits[0][0]})"
-    return Shown("\n".join([f"{heading(view)} ({part}{more}{around})", *rows]), hits[0][0], hits[len(rows) - 1][0])
+    numbers = [number for number, _ in hits[: len(rows)]]
+    return Shown("\n".join([f"{heading(view)} ({part}{more}{around})", *rows]), numbers)
 
 
 def first_change(old: View, new: View) -> int:
@@ -368,5 +377,5 @@ def _fitting(rows: Iterable[str], room: int) -> list[str]:
 
 
 def heading(view: View) -> str:
-    """Which page: its title and address."""
-    return f"{view.title} — {view.url}" if view.title else view.url
+    """Which page: its address first, which no title can imitate there."""
+    return f"{view.url} — {view.title}" if view.title else view.url

@@ -62,7 +62,7 @@ class Corpus:
 
     The index is kept in memory when there is little to read (under 2,000 files and 8 MB), else in a file in
     `$XDG_CACHE_HOME/thinkloop/index`; a file that is there is used in any case. `cache` is another folder to keep it in
-    always, or `"memory"`. `engine` is FTS5 of SQLite, or tantivy for collections of more than some 100,000 documents.
+    always, or `"memory"`. `engine` is FTS5 of SQLite, or tantivy for collections of more than some 300,000 documents.
 
     `changes` is what the last update did, `skipped` the files that couldn't be indexed, each with its reason, and `note`
     says where the index is when not where it was asked for.

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Self
 from unicodedata import normalize
 
 from thinkloop.tools.corpus_files import CODE, DATA, LINES, MAX_FILE_BYTES, PAGES, File, SkipFile
+from thinkloop.tools.extract_bounds import LINE_CHARS
+from thinkloop.tools.extract_text import wrap
 from thinkloop.tools.tool import ToolError
 
-MAX_LINE = 500  # characters; what a page shows of one line
 MAX_TITLE = 200
 _SNIFF = 8192
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_PIECE = re.compile(rf".{{1,{MAX_LINE}}}(?:\s|$)|.{{{MAX_LINE}}}")
 _HEADING = re.compile(r"^#+ +(.+?)\s*$", re.MULTILINE)
 _UNDERLINED = re.compile(r"^(?:[=*#~-]{3,}\n)?(\S.*)\n[=*#~-]{3,}$", re.MULTILINE)
 _ORG = re.compile(r"^(?:#\+title:|\*+) +(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
@@ -58,7 +58,7 @@ class TextReader:
         """The documents in `file`: one, none when it is blank, or one a line. Raises `SkipFile`."""
         suffix = file.path.suffix.lower()
         if suffix in PAGES:
-            title, text = self._page(file.path, body, PAGES[suffix])
+            title, text = self._page(body, PAGES[suffix])
             yield from _some(file.id, title or file.path.stem, text)
         elif suffix in LINES:
             yield from _json_lines(file.id, body)
@@ -66,7 +66,7 @@ class TextReader:
             text = _decoded(body)
             yield from _some(file.id, _title(file.path, text), text)
 
-    def _page(self, path: Path, body: bytes, media_type: str) -> tuple[str, str]:
+    def _page(self, body: bytes, media_type: str) -> tuple[str, str]:
         from thinkloop.tools.extract import BlockingExtractor, ExtraMissing
 
         if media_type in self._missing:
@@ -105,13 +105,13 @@ def _clean(text: str) -> str:
 def _wrapped(text: str) -> str:
     """No line is longer than a page shows: what is cut off there could never be read."""
     lines = text.split("\n")
-    if max(map(len, lines)) <= MAX_LINE:
+    if max(map(len, lines)) <= LINE_CHARS:
         return text
-    return "\n".join(piece for line in lines for piece in ([line] if len(line) <= MAX_LINE else _pieces(line)))
+    return "\n".join(piece for line in lines for piece in _pieces(line))
 
 
 def _pieces(line: str) -> list[str]:
-    return [piece.rstrip() for piece in _PIECE.findall(line)]
+    return [line] if len(line) <= LINE_CHARS else [piece.rstrip() for piece in wrap(line)]
 
 
 def _title(path: Path, text: str) -> str:

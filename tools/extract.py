@@ -9,13 +9,12 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, Self
 
 import anyio
 import anyio.to_thread
 from thinkloop.tools.extract_bounds import MEMORY_MB
-from thinkloop.tools.extract_kind import MAX_BYTES, Kind, charset_of, kind_of
+from thinkloop.tools.extract_kind import Kind, content_type, kind_of
 from thinkloop.tools.extract_process import Answer, Worker, WorkerEnded
 from thinkloop.tools.tool import ToolError
 
@@ -23,7 +22,6 @@ __all__ = ["DEADLINE", "BlockingExtractor", "ExtraMissing", "Extractor", "Form",
 
 Form = Literal["article", "full"]
 DEADLINE = 10.0  # seconds for one document
-_SUFFIXES = {".html": "text/html", ".htm": "text/html", ".xhtml": "text/html", ".pdf": "application/pdf"}
 _USES = 500  # documents for one worker, so that nothing a document left behind in it stays for long
 
 
@@ -102,28 +100,14 @@ class BlockingExtractor:
         Raises `ToolError` saying what is wrong with the document, `ExtraMissing` when a library isn't installed.
         """
         kind = kind_of(body, media_type)
-        header = {"kind": kind, "url": url[:2000], "charset": (charset or charset_of(media_type))[:40], "form": form}
+        charset = charset or content_type(media_type)[1]
+        header = {"kind": kind, "url": url[:2000], "charset": charset[:40], "form": form}
         with self._turn:
             try:
                 answer = self._ready().ask(header, body, self.deadline)
             except WorkerEnded as error:
                 raise ToolError(f"no text could be taken from this {_name(kind)}: {error}") from None
         return _page(answer, kind)
-
-    def extract_file(self, path: Path) -> Page | None:
-        """The text of a file, its kind told by its suffix (.html, .htm, .xhtml, .pdf) or its data. `None` when it has none
-        that can be read, whatever the reason.
-
-        Raises `ExtraMissing` alone.
-        """
-        try:
-            with path.open("rb") as file:
-                body = file.read(max(MAX_BYTES.values()) + 1)
-            return self.extract(body, _SUFFIXES.get(path.suffix.lower(), ""))
-        except ExtraMissing:
-            raise
-        except (OSError, ToolError):
-            return None
 
     def _ready(self) -> Worker:
         worker = self._worker

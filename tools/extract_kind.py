@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from thinkloop.tools.extract_text import codec_of
 from thinkloop.tools.tool import ToolError
 
 Kind = Literal["html", "pdf", "text"]
@@ -13,9 +14,11 @@ MAX_BYTES: dict[Kind, int] = {"html": 10_000_000, "text": 10_000_000, "pdf": 50_
 _HTML = re.compile(  # atomic groups, so that no run of comments makes it backtrack
     rb"(?>\xef\xbb\xbf)?(?>\s*)(?><\?xml[^>]{0,200}>\s*)?(?><!--.*?-->\s*)*+<(?:!doctype\s+html|html)\b", re.I | re.S
 )
+_MEDIA_TYPE = re.compile(r"\s*([\w!#$&^.+-]{1,100}/[\w!#$&^.+-]{1,100})\s*(?:;|$)")
+_CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([\w.:-]{1,40})", re.IGNORECASE)
 _HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
-_PDF_TYPES = frozenset({"application/pdf", "application/x-pdf"})
-_TEXT_TYPES = frozenset(
+PDF_TYPES = frozenset({"application/pdf", "application/x-pdf"})
+TEXT_TYPES = frozenset(
     "application/" + name
     for name in (
         "json", "xml", "yaml", "x-yaml", "toml", "javascript", "x-javascript", "ecmascript", "typescript", "x-ndjson",
@@ -48,17 +51,18 @@ def kind_of(body: bytes, media_type: str) -> Kind:
     return kind
 
 
-def charset_of(media_type: str) -> str:
-    """The charset parameter of a Content-Type, or empty."""
-    found = re.search(r""";\s*charset\s*=\s*["']?([\w.:-]{2,40})""", media_type[:1000], re.I)
-    return found[1] if found else ""
+def content_type(header: str) -> tuple[str, str]:
+    """The media type (lower case) and character set of a Content-Type header, the latter by Python's name for what browsers
+    take it to mean; "" for what is missing, malformed or unknown."""
+    media_type, charset = _MEDIA_TYPE.match(header[:300]), _CHARSET.search(header[:300])
+    return (media_type[1].lower() if media_type else ""), (codec_of(charset[1]) if charset else "")
 
 
 def _kind(body: bytes, declared: str) -> Kind:
     if b"%PDF-" in body[:1024] and (declared not in _HTML_TYPES or body.lstrip()[:5] == b"%PDF-"):
         return "pdf"
     magic = next((name for start, name in _MAGIC if body.startswith(start)), "")
-    if declared in _PDF_TYPES:
+    if declared in PDF_TYPES:
         raise ToolError(f"not a PDF, although it was declared as one: it begins like {magic or _textual(body)}")
     if magic:
         raise ToolError(f"binary data without text: it begins like {magic}")
@@ -70,7 +74,7 @@ def _kind(body: bytes, declared: str) -> Kind:
 
 
 def _is_text(declared: str) -> bool:
-    return declared.startswith("text/") or declared in _TEXT_TYPES or declared.endswith(("+json", "+xml"))
+    return declared.startswith("text/") or declared in TEXT_TYPES or declared.endswith(("+json", "+xml"))
 
 
 def _textual(body: bytes) -> str:

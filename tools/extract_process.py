@@ -6,7 +6,6 @@ had written them itself.
 
 from __future__ import annotations
 
-import resource
 import secrets
 import socket
 import subprocess
@@ -15,7 +14,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from thinkloop.tools.extract_bounds import (
     ERROR_CHARS,
@@ -30,6 +28,7 @@ from thinkloop.tools.extract_bounds import (
 from thinkloop.tools.extract_frame import REPLY_BODY_CAP, REPLY_HEADER_CAP, BadFrame, Json, encode, receive
 from thinkloop.tools.extract_kind import Kind
 from thinkloop.tools.extract_text import clean, clean_line, web_url
+from thinkloop.tools.process_tree import resident_bytes
 from thinkloop.tools.sandbox import fresh_uid
 from thinkloop.tools.tool import ToolError
 
@@ -135,11 +134,7 @@ class Worker:
 
     def _is_bloated(self) -> bool:
         """Whether the document left it so large that a fresh one serves better. Unknown without /proc: no."""
-        try:
-            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        except (OSError, ValueError, IndexError):
-            return False
-        return pages * resource.getpagesize() > _BLOATED_BYTES
+        return resident_bytes(self.pid) > _BLOATED_BYTES
 
     def _send(self, header: Json, body: bytes, until: float) -> None:
         for part in encode(header, body):

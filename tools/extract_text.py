@@ -10,12 +10,14 @@ from urllib.parse import urljoin
 from thinkloop.tools.extract_bounds import LINE_CHARS, MAX_LINES, TOTAL_CHARS, URL_CHARS
 
 # Controls but tab and newline; soft hyphen, zero-width space, directional marks and overrides, invisible operators,
-# byte order mark, interlinear marks, noncharacters, supplementary variation selectors and tags, which can hide text.
-# Joiners (200C, 200D) stay: Persian, Indic scripts and emoji need them.
+# byte order mark, interlinear marks, noncharacters, blank letters (Hangul fillers), variation selectors and tags, which
+# can hide text. Joiners (200C, 200D) and FE0F stay: Persian, Indic scripts and emoji need them, but no two joiners in a
+# row.
 _UNWANTED = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\udfff"
-    "\ufeff\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]+"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0e\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U000e0000-\U000e0fff]+"
 )
+_MORE_JOINERS = re.compile("(?<=[\u200c\u200d])[\u200c\u200d]+")
 _NEWLINE = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _MARKUP_CHARSET = re.compile(
     rb"""<(?:meta|\?xml)[^>]{0,400}?(?:charset|encoding)\s*=\s*["']?\s*([\w.:-]{2,40})""", re.I
@@ -74,7 +76,7 @@ def _multibyte_utf8(data: bytes) -> str | None:
 
 def _attempt(data: bytes, label: str) -> str | None:
     """The text in this character set, unless it is unknown or does not fit (over 1 % of the characters bad)."""
-    name = _codec(label)
+    name = codec_of(label)
     if not name or (name.startswith(("utf-16", "utf-32")) and b"\0" not in data[:4096]):
         return None
     try:
@@ -84,7 +86,8 @@ def _attempt(data: bytes, label: str) -> str | None:
     return text if text.count("\ufffd") * 100 <= len(text) else None
 
 
-def _codec(label: str) -> str:
+def codec_of(label: str) -> str:
+    """Python's name for the character set that browsers take `label` to mean; empty when there is none such."""
     label = label.strip().strip("\"'").lower()[:40]
     try:
         found = codecs.lookup(_LABELS.get(label, label))
@@ -111,12 +114,12 @@ def looks_binary(text: str) -> bool:
 
 def clean(text: str) -> str:
     """The text without what is invisible or steers a terminal; every kind of line end is a newline."""
-    return _UNWANTED.sub("", _NEWLINE.sub("\n", text))
+    return _MORE_JOINERS.sub("", _UNWANTED.sub("", _NEWLINE.sub("\n", text)))
 
 
 def clean_line(text: str, limit: int) -> str:
     """One line with single spaces, at most `limit` characters."""
-    return clean(" ".join(text[: limit * 4].split()))[:limit].strip()
+    return " ".join(clean(text[: limit * 4]).split())[:limit].strip()
 
 
 def web_url(base: str, href: str) -> str:

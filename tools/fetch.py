@@ -14,7 +14,8 @@ from urllib.parse import urljoin
 
 import anyio
 from thinkloop.tools.addresses import AddressError, Place, Policy, Resolver, parse_url, system_resolver
-from thinkloop.tools.fetch_body import TEXT_LIKE, accepts, content_type, read_body, short_text
+from thinkloop.tools.extract_kind import content_type
+from thinkloop.tools.fetch_body import TEXT_LIKE, accepts, read_body, short_text
 from thinkloop.tools.proxy import Exchange, Proxy
 from thinkloop.tools.tool import ToolError
 from thinkloop.traces.events import Json

@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 import zlib
 from collections.abc import AsyncGenerator, Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from anyio.lowlevel import checkpoint
+from thinkloop.tools.extract_kind import PDF_TYPES, TEXT_TYPES
+from thinkloop.tools.extract_text import clean_line
 from thinkloop.tools.tool import ToolError
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["TEXT_LIKE", "accepts", "content_type", "read_body", "short_text"]
+__all__ = ["TEXT_LIKE", "accepts", "read_body", "short_text"]
 
-TEXT_LIKE = (
-    "text/*",
-    "application/json",
-    "application/*+json",
-    "application/x-ndjson",
-    "application/jsonl",
-    "application/xml",
-    "application/*+xml",
-    "application/javascript",
-    "application/x-javascript",
-    "application/ecmascript",
-    "application/toml",
-    "application/yaml",
-    "application/x-yaml",
-    "application/x-sh",
-    "application/x-tex",
-    "application/sql",
-    "application/pdf",
-)
+TEXT_LIKE = ("text/*", "application/*+json", "application/*+xml", *sorted(TEXT_TYPES | PDF_TYPES))
 """Media types that a model can be shown as text, as patterns."""
 
 _PIECE = 262_144  # bytes decompressed at once
+_PIECES = 100  # taken before others get a turn: httpx doesn't wait while it has data (a chunk of TLS can be one byte)
+_TINY = 4  # bytes: over 10,000 chunks may not be smaller than that on average
 _GZIP = b"\x1f\x8b"
-_MEDIA_TYPE = re.compile(r"\s*([\w!#$&^.+-]{1,100}/[\w!#$&^.+-]{1,100})\s*(?:;|$)")
-_CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([\w.:-]{1,40})", re.IGNORECASE)
 _UNSEEN = re.compile(r"<(script|style|head)\b.*?(?:</\1\s*>|\Z)|<!--.*?(?:-->|\Z)", re.IGNORECASE | re.DOTALL)
 _TAG = re.compile(r"<[^<>]*>")
 _NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\s]+")
-
-
-def content_type(header: str) -> tuple[str, str]:
-    """The media type and charset of a Content-Type header, lower case; "" for what is missing, malformed or unknown."""
-    media_type = _MEDIA_TYPE.match(header[:300])
-    charset = _CHARSET.search(header[:300])
-    return (media_type[1].lower() if media_type else ""), (_known(charset[1]) if charset else "")
 
 
 def accepts(patterns: tuple[str, ...], media_type: str) -> bool:
@@ -82,8 +59,8 @@ async def read_body(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
 def short_text(body: bytes, charset: str, limit: int = 300) -> str:
     """The start of a page as one line of plain text, for an error message."""
     text = body[:20_000].decode(charset or "utf-8", "replace")
-    words = _NOT_TEXT.sub(" ", _TAG.sub(" ", _UNSEEN.sub(" ", text))).strip()
-    return words if len(words) <= limit else words[: limit - 1] + "…"
+    line = clean_line(_NOT_TEXT.sub(" ", _TAG.sub(" ", _UNSEEN.sub(" ", text))).strip(), limit + 1)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 async def _pieces(response: httpx.Response) -> AsyncGenerator[bytes, None]:
@@ -91,14 +68,25 @@ async def _pieces(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     import httpx
 
     inflate = _decoder(response)
+    count = size = 0
     try:
         async for raw in response.aiter_raw():
+            count, size = count + 1, size + len(raw)
+            if count % _PIECES == 0:
+                await _pause(response.url, count, size)
             for piece in inflate.feed(raw) if inflate else [raw]:
                 yield piece
     except (httpx.RemoteProtocolError, httpx.ReadError) as error:
         raise EOFError from error
     if inflate and not inflate.complete:
         raise EOFError
+
+
+async def _pause(url: httpx.URL, count: int, size: int) -> None:
+    """Lets others have a turn. Raises `ToolError` when a body comes in absurdly small chunks."""
+    if count > 10_000 and size < _TINY * count:
+        raise ToolError(f"{url} was cut: it sent {size} bytes in {count} chunks.")
+    await checkpoint()
 
 
 def _decoder(response: httpx.Response) -> _Inflate | None:
@@ -116,9 +104,10 @@ class _Inflate:
     def __init__(self) -> None:
         self._stream: zlib._Decompress | None = None
         self.complete = True
+        self._padded = False
 
     def feed(self, raw: bytes) -> Iterator[bytes]:
-        while raw:
+        while raw and not self._padded:
             if self._stream is None:
                 self._stream = zlib.decompressobj(_window(raw))
             yield self._stream.decompress(raw, _PIECE)
@@ -129,7 +118,8 @@ class _Inflate:
 
     def _another(self, rest: bytes) -> bytes:
         if not rest.startswith(_GZIP):
-            return b""  # padding, which others ignore too
+            self._padded = bool(rest)  # which others ignore too; zlib would keep it all, and copy it at every piece
+            return b""
         self._stream = None
         return rest
 
@@ -140,10 +130,3 @@ def _window(raw: bytes) -> int:
         return zlib.MAX_WBITS | 16
     is_zlib = raw[0] & 15 == 8 and (len(raw) < 2 or int.from_bytes(raw[:2], "big") % 31 == 0)
     return zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS
-
-
-def _known(charset: str) -> str:
-    try:
-        return codecs.lookup(charset).name if codecs.lookup(charset)._is_text_encoding else ""
-    except LookupError:
-        return ""

@@ -17,7 +17,7 @@ from thinkloop.tools.corpus_files import File, SkipFile, read
 from thinkloop.tools.corpus_text import Text, TextReader
 from thinkloop.tools.index_database import Database
 
-FORMAT = 1  # counts up when what is stored, or how text is made of files, changes
+FORMAT = 2  # counts up when what is stored, or how text is made of files, changes
 SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value)",
     "CREATE TABLE files (id TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, hash BLOB, skipped TEXT)",

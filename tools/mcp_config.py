@@ -6,7 +6,9 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from thinkloop.traces.events import ThinkloopError
 
@@ -37,6 +39,7 @@ def parse_table(name: str, table: Any) -> dict[str, Any]:
     options = {str(key).replace("-", "_"): value for key, value in table.items()}
     for key, value in options.items():
         _check(name, key, value)
+    _check_secrets(name, options)
     for key in ("env", "headers"):
         if key in options:
             options[key] = {field: _expanded(name, key, text) for field, text in options[key].items()}
@@ -93,6 +96,26 @@ def _check(name: str, key: str, value: Any) -> None:
     right = isinstance(value, kind) and (not isinstance(value, bool) or kind is bool)
     if not right or not all(isinstance(part, str) for part in parts):
         raise ThinkloopError(f"[mcp.{name}]: `{key}` must be {words}.")
+
+
+def _check_secrets(name: str, options: Mapping[str, Any]) -> None:
+    """What stands in a variable is a secret, most often."""
+    expands = any(_VARIABLE.search(text) for text in options.get("headers", {}).values())
+    if expands and not _is_confidential(options.get("url", "")):
+        raise ThinkloopError(
+            f"[mcp.{name}]: `headers` take a value from the environment, which would go to {options['url']!r} unencrypted. "
+            "Use an https address (plain http is for this machine alone), or leave the header out."
+        )
+
+
+def _is_confidential(url: str) -> bool:
+    """Whether what goes to `url` can't be read on the way: https, or this machine."""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").rstrip(".")
+        return parts.scheme != "http" or host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _expanded(name: str, key: str, text: str) -> str:

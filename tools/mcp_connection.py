@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 from thinkloop.tools.mcp_messages import Gate
 from thinkloop.tools.mcp_process import ServerStartError
-from thinkloop.tools.mcp_text import one_line
+from thinkloop.tools.mcp_text import one_line, said
 from thinkloop.tools.mcp_transport import Transport
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def _in_words(error: BaseException) -> str:
         return ""
     if isinstance(error, MCPError):
         return f"it refused the MCP handshake: {one_line(error.message)} ({error.code})"
-    return f"{type(error).__name__}: {one_line(str(error))}"
+    return f"{type(error).__name__}: {said(error)}"
 
 
 def _quiet() -> None:

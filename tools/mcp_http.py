@@ -6,17 +6,19 @@ Imported only once a server at a URL is entered: httpx2 comes with the `mcp` ext
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from time import monotonic
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx2
-from thinkloop.tools.mcp_messages import MAX_VALUES, Fault
+from thinkloop.tools.mcp_messages import MAX_VALUES, Fault, Rate, marks_in
 from thinkloop.tools.mcp_process import MAX_LINE
 from thinkloop.tools.proxy import Exchange
 
 _CONNECT_SECONDS = 10.0
 MAX_STREAMS = 20
+MAX_MARKS = 10 * MAX_VALUES
+"""As `MAX_VALUES`, but with those within texts, which can't be told apart in a body that comes in pieces."""
 
 
 @dataclass(slots=True)
@@ -26,15 +28,12 @@ class Seen:
     fault: Fault
     problem: str = ""
     refuse: bool = False
-    _window: float = 0.0
-    _streams: int = 0
+    marks: Rate = field(default_factory=partial(Rate, 20 * MAX_MARKS, 10))
+    _streams: Rate = field(default_factory=partial(Rate, MAX_STREAMS, 1))
 
     def stream_asked(self) -> None:
         """The SDK asked for an event stream; a server may end one and have it asked for again, without end."""
-        if monotonic() - self._window > 1:
-            self._window, self._streams = monotonic(), 0
-        self._streams += 1
-        if self._streams > MAX_STREAMS:
+        if self._streams.exceeded():
             self.end(f"it ended more than {MAX_STREAMS} event streams in a second")
 
     def exchange(self, exchange: Exchange) -> None:
@@ -118,9 +117,11 @@ class _BoundedBody(httpx2.AsyncByteStream):
         if self._events and (b"\n\n" in chunk or b"\r\n\r\n" in chunk):
             self._bytes = self._values = 0  # a new event has begun, somewhere in here
         self._bytes += len(chunk)
-        self._values += chunk.count(b",") + chunk.count(b"[") + chunk.count(b"{")
-        if self._bytes > MAX_LINE or self._values > MAX_VALUES:
-            self._seen.end(f"it sent a message of more than {MAX_LINE >> 20} MB or {MAX_VALUES:,} values")
+        self._values += (marks := marks_in(chunk))
+        if self._bytes > MAX_LINE or self._values > MAX_MARKS:
+            self._seen.end(f"it sent a message of more than {MAX_LINE >> 20} MB or {MAX_MARKS:,} values")
+        elif self._seen.marks.exceeded(marks):
+            self._seen.end(f"it sent more than {20 * MAX_MARKS:,} values in 10 s")
 
     async def aclose(self) -> None:
         await self._inner.aclose()

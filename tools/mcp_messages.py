@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from thinkloop.tools.mcp_process import LineTooLongError, read_lines, write_all
+from thinkloop.tools.mcp_process import MAX_LINE, LineTooLongError, read_lines, write_all
+from thinkloop.tools.mcp_reduce import reduce_message
 from thinkloop.tools.mcp_text import one_line
 
 if TYPE_CHECKING:
     from mcp.shared.message import SessionMessage
 
-MAX_VALUES = 500_000
+MAX_VALUES = 50_000
 """Commas and brackets in one message: parsed, a value takes up to 60 times the bytes that it was sent in."""
 MAX_JUNK = 1000
 """Lines that are no messages (banners, logs): more, and the other side doesn't speak the protocol."""
-MAX_UNASKED, UNASKED_SECONDS = 2000, 1.0
-"""Notifications and requests in any second; MCP's progress notifications come at some 10 a second."""
+MAX_BURST, MAX_MESSAGES = 2000, 20_000
+"""Messages in any second and in any minute, at some 0.2 ms each; MCP's progress notifications come at some 10 a second."""
 MAX_UNANSWERED = 256
 """Requests of the other side whose answers it hasn't read."""
+
+PARSE_ERROR = -32700
+"""JSON-RPC's code for what is no JSON, given here to the calls that an unreadable answer may have been for."""
 
 Fault = Callable[[str], None]
 """Takes in why the connection must end."""
 Streams = tuple[Any, Any]
+
+
+class Rate:
+    """Counts what comes in any `seconds`."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._most, self._seconds = most, seconds
+        self._since, self._count = monotonic(), 0
+
+    def exceeded(self, more: int = 1) -> bool:
+        """Whether with `more` there were too many."""
+        if (now := monotonic()) - self._since > self._seconds:
+            self._since, self._count = now, 0
+        self._count += more
+        return self._count > self._most
+
+
+class UnreadableError(ValueError):
+    """A line that looks like an answer can't be parsed."""
 
 
 @asynccontextmanager
@@ -55,25 +79,41 @@ async def _receive(stdout: int, incoming: Any, fault: Fault, junk: Callable[[str
     from mcp.shared.message import SessionMessage
     from mcp_types import jsonrpc_message_adapter
 
+    values = Rate(20 * MAX_VALUES, 10)
     with incoming, suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
         try:
             async for line in read_lines(stdout):
-                if too_many_values(line):
+                if (count := values_in(line)) > MAX_VALUES:
                     return fault(f"it sent a message with more than {MAX_VALUES:,} values")
+                if values.exceeded(count):
+                    return fault(f"it sent more than {20 * MAX_VALUES:,} values in 10 s")
                 try:
                     message = jsonrpc_message_adapter.validate_json(line, by_name=False)
                 except ValueError:
                     junk(one_line(line[:1000].decode(errors="replace")))
+                    if b'"jsonrpc"' in line and (b'"result"' in line or b'"error"' in line):
+                        await incoming.send(UnreadableError())
                     continue
                 await incoming.send(SessionMessage(message))
         except LineTooLongError:
-            fault("it sent a line of more than 16 MB")
+            fault(f"it sent a line of more than {MAX_LINE >> 20} MB")
     return None
 
 
-def too_many_values(text: bytes) -> bool:
-    """Whether `text` as JSON might hold more than `MAX_VALUES` values."""
-    return text.count(b",") + text.count(b"[") + text.count(b"{") > MAX_VALUES
+def values_in(text: bytes) -> int:
+    """How many values the message `text` can hold at most, about: commas and brackets, those within texts only where
+    that makes no difference."""
+    if (most := marks_in(text)) <= MAX_VALUES:
+        return most
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if bare.count(b'"') > 4 * MAX_VALUES:  # more texts than there may be values
+        return most
+    return marks_in(b"".join(bare.split(b'"')[::2]))
+
+
+def marks_in(text: bytes) -> int:
+    """Commas and opening brackets."""
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 async def _send(from_session: Any, stdin: int, incoming: Any) -> None:
@@ -89,7 +129,7 @@ async def _send(from_session: Any, stdin: int, incoming: Any) -> None:
 
 
 class Gate:
-    """Counts what the other side sends unasked, ends what floods, and knows when the stream is over.
+    """Counts what the other side sends, ends what floods, cuts down the rest, and knows when the stream is over.
 
     `read` and `write` wrap the transport's streams for the session.
     """
@@ -97,36 +137,57 @@ class Gate:
     def __init__(self, over: Callable[[str], None]) -> None:
         """`over` is called once the stream ends, with a reason if it was ended here."""
         self._over = over
-        self._window, self._unasked = monotonic(), 0
+        self._burst, self._minute = Rate(MAX_BURST, 1), Rate(MAX_MESSAGES, 60)
         self._unanswered = 0
+        self._pending: dict[str, Any] = {}
 
     def streams(self, pair: Streams) -> Streams:
         """The transport's pair, counted."""
         return _Reading(pair[0], self), _Writing(pair[1], self)
 
-    def take(self, item: SessionMessage | Exception) -> bool:
-        """Whether the session may have `item`; if not, the stream is over."""
+    def take(self, item: SessionMessage | Exception) -> list[SessionMessage]:
+        """What the session may have for `item`. Raises `EndOfStream` when that is too much."""
         message: Any = getattr(item, "message", None)
-        if not hasattr(message, "method"):
-            return True
-        if hasattr(message, "id"):
-            self._unanswered += 1
-        now = monotonic()
-        if now - self._window > UNASKED_SECONDS:
-            self._window, self._unasked = now, 0
-        self._unasked += 1
-        if self._unasked > MAX_UNASKED:
-            self._over(f"it sent more than {MAX_UNASKED:,} unasked messages in a second")
-            return False
+        if hasattr(message, "method"):
+            self._unanswered += hasattr(message, "id")
+        else:
+            self._pending.pop(str(getattr(message, "id", None)), None)
+        if problem := self._problem():
+            self._over(problem)
+            raise anyio.EndOfStream
+        if isinstance(item, Exception):
+            return self._unreadable()
+        return [item] if reduce_message(message) else []
+
+    def _problem(self) -> str:
+        if self._burst.exceeded():
+            return f"it sent more than {MAX_BURST:,} messages in a second"
+        if self._minute.exceeded():
+            return f"it sent more than {MAX_MESSAGES:,} messages in a minute"
         if self._unanswered > MAX_UNANSWERED:
-            self._over(f"it sent more than {MAX_UNANSWERED} requests without reading the answers")
-            return False
-        return True
+            return f"it sent more than {MAX_UNANSWERED} requests without reading the answers"
+        return ""
+
+    def _unreadable(self) -> list[SessionMessage]:
+        """Errors for all calls under way: whose answer it was can't be told, and waiting for it would be in vain."""
+        from mcp.shared.message import SessionMessage
+        from mcp_types import ErrorData, JSONRPCError
+
+        error = ErrorData(
+            code=PARSE_ERROR, message="nested too deeply, or no valid JSON-RPC; the call may have taken effect"
+        )
+        asked, self._pending = self._pending, {}
+        return [SessionMessage(JSONRPCError(jsonrpc="2.0", id=number, error=error)) for number in asked.values()]
 
     def sent(self, item: SessionMessage) -> None:
         """Takes in that the other side has read `item`."""
         if not hasattr(item.message, "method"):
             self._unanswered -= 1
+
+    def asked(self, item: SessionMessage) -> None:
+        """Takes in that `item` is about to be sent."""
+        if hasattr(item.message, "method") and hasattr(item.message, "id"):
+            self._pending[str(item.message.id)] = item.message.id
 
     def end(self) -> None:
         self._over("")
@@ -137,20 +198,21 @@ class _Reading:
 
     def __init__(self, inner: Any, gate: Gate) -> None:
         self._inner, self._gate = inner, gate
+        self._taken: deque[SessionMessage] = deque()
 
     @property
     def last_context(self) -> Any:
         return getattr(self._inner, "last_context", None)
 
     async def receive(self) -> Any:
-        try:
-            item = await self._inner.receive()
-        except (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
-            self._gate.end()
-            raise
-        if self._gate.take(item):
-            return item
-        raise anyio.EndOfStream
+        while not self._taken:
+            try:
+                item = await self._inner.receive()
+            except (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
+                self._gate.end()
+                raise
+            self._taken += self._gate.take(item)
+        return self._taken.popleft()
 
     def __aiter__(self) -> _Reading:
         return self
@@ -179,6 +241,7 @@ class _Writing:
         self._inner, self._gate = inner, gate
 
     async def send(self, item: Any, /) -> None:
+        self._gate.asked(item)
         await self._inner.send(item)
         self._gate.sent(item)
 

@@ -9,7 +9,8 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from thinkloop.tools.mcp_text import clip, one_line
+from thinkloop.tools.mcp_messages import PARSE_ERROR
+from thinkloop.tools.mcp_text import clip, one_line, said
 from thinkloop.tools.tool import Attachment, Output
 from thinkloop.traces.events import Json
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 MAX_TEXT = 1_000_000  # characters
 MAX_FILES, MAX_FILE_BYTES = 32, 10_000_000
 """Of one result; the bytes of all its files together."""
-_MAX_BLOCKS = 1000
 _MEDIA_TYPE = re.compile(r"[a-z0-9]+/[a-z0-9][a-z0-9.+-]{0,80}")
 _SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/gif": "gif", "audio/wav": "wav",
              "audio/mpeg": "mp3", "application/pdf": "pdf", "text/plain": "txt", "application/json": "json"}  # fmt: skip
@@ -45,20 +45,20 @@ def why_failed(error: Exception) -> str:
     """What a request's error means, to follow `the MCP server 'x'`."""
     from mcp import MCPError
 
+    if isinstance(error, MCPError) and error.code == PARSE_ERROR:
+        return f"sent an answer that can't be read: {one_line(error.message, 500)}"
     if isinstance(error, MCPError):
         return f"refused: {one_line(error.message, 1000)} ({error.code})"
     if type(error).__name__ == "ValidationError":
-        return f"sent something that is no valid MCP result: {one_line(str(error).partition('For further')[0], 500)}"
-    return f"failed: {type(error).__name__}: {one_line(str(error), 500)}"
+        return f"sent something that is no valid MCP result: {said(error)}"
+    return f"failed: {type(error).__name__}: {said(error)}"
 
 
 def output_of(result: Any, tool: str, record: Json) -> Output:
     """The output for a `CallToolResult`. Structured content stands in, as JSON, where there is no text."""
     reading = _Reading(tool)
-    for block in result.content[:_MAX_BLOCKS]:
+    for block in result.content:
         reading.take(block)
-    if len(result.content) > _MAX_BLOCKS:
-        reading.text.append(f"[{len(result.content) - _MAX_BLOCKS:,} more parts left out]")
     if not reading.has_text and result.structured_content is not None:
         reading.text.append(json.dumps(result.structured_content, ensure_ascii=False))
     content = clip("\n".join(reading.text), MAX_TEXT).strip() or "(no output)"

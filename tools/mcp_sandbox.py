@@ -1,13 +1,14 @@
 """A stdio MCP server inside bubblewrap: no network, no home, the system and the command's own files read-only.
 
 What the command needs is found from the command: the folders its program is installed in (followed through links and
-virtual environments), files and folders that it names by full path, and the current folder. All of that can be read
-inside; nothing of it can be written. /tmp and the home folder are empty and sized.
+virtual environments), files and folders that it names by full path, and the current folder unless that is a home or the
+system's. All of that can be read inside; nothing of it can be written. /tmp and the home folder are empty and sized.
 """
 
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import anyio
 import anyio.to_thread
-from thinkloop.tools import seccomp
+from thinkloop.tools import bwrap, seccomp
+from thinkloop.tools.bwrap import in_memory
 from thinkloop.tools.mcp_messages import Fault
 from thinkloop.tools.mcp_process import Launch, ServerStartError
-from thinkloop.tools.sandbox import SandboxError, find_bwrap, fresh_uid
-from thinkloop.tools.sandbox_limits import IDLE_POLL, over_limit, process_tree
+from thinkloop.tools.process_tree import process_tree
+from thinkloop.tools.sandbox import SandboxError, find_bwrap, fresh_uid, readable_inside
+from thinkloop.tools.sandbox_limits import IDLE_POLL, over_limit
 
 _MB = 1 << 20
 _TMP = 256 * _MB
@@ -28,67 +31,51 @@ MEMORY = 2048 * _MB
 """Of all the server's processes together; JavaScript servers start at some 100 MB."""
 _LIMITS = ("--nproc=256", "--nofile=1024", "--core=0", "--memlock=0", "--msgqueue=0", f"--fsize={_TMP}")
 _SYSTEM = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/mime.types")
+_SCRATCH = {"/dev/shm": 64 * _MB, "/tmp": _TMP, _HOME: _TMP}
 _OWN_FOLDERS = frozenset(
     {"/", "/bin", "/dev", "/etc", "/home", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys", "/tmp", "/usr"}
 )
+_SYSTEM_FOLDERS = _OWN_FOLDERS | {"/boot", "/media", "/mnt", "/opt", "/srv", "/var"}
+_SYSTEM_TREES = ("/boot", "/dev", "/etc", "/proc", "/run", "/sys")
 
 
 def sandboxed(program: str, arguments: Sequence[str], env: Mapping[str, str], stack: ExitStack) -> Launch:
     """bubblewrap round the command. `stack` closes what is handed over. Raises `ServerStartError` for what can't be
     reached inside."""
     try:
-        bwrap = find_bwrap()
+        found = find_bwrap("sandbox of an MCP server")
     except SandboxError as error:
-        raise ServerStartError(
-            f"its sandbox can't be made: {str(error).replace('The python tool', 'A sandbox')}"
-        ) from error
-    uid = fresh_uid()
-    shown = list(_shown(program, arguments, uid))
-    _check_reachable(program, shown, uid)
+        raise ServerStartError(f"its sandbox can't be made: {error}") from error
+    shown = list(_shown(program, arguments))
+    _check_readable(program, shown)
     inside = ["/usr/bin/prlimit", *_LIMITS, "--", program, *arguments]
-    seccomp_fd = _in_memory(seccomp.build_filter(), stack)
+    seccomp_fd = in_memory(seccomp.build_filter(), stack)
     options = [*_isolation(env), *_system(), *_binds(shown), "--seccomp", str(seccomp_fd), *_seal(shown)]
-    args_fd = _in_memory("\0".join(options).encode(), stack)
+    args_fd = in_memory("\0".join(options).encode(), stack)
     # bwrap itself gets no environment: /proc/1/environ would show it inside.
-    return Launch([bwrap, "--args", str(args_fd), "--", *inside], {}, "/", (args_fd, seccomp_fd), uid)
+    return Launch([found, "--args", str(args_fd), "--", *inside], {}, "/", (args_fd, seccomp_fd), fresh_uid())
 
 
 async def watch_memory(pid: int, fault: Fault) -> None:
     """Call `fault` once the processes inside together hold more than `MEMORY`."""
     while not (below := list(process_tree(pid))[1:2]):
         await anyio.sleep(IDLE_POLL)
-    while not await anyio.to_thread.run_sync(over_limit, below[0], MEMORY):
+    folders = [folder.lstrip("/") for folder in _SCRATCH]
+    while not await anyio.to_thread.run_sync(over_limit, below[0], MEMORY, folders):
         await anyio.sleep(IDLE_POLL)
     fault(f"it used more than {MEMORY // _MB:,} MB of memory")
 
 
 def _isolation(env: Mapping[str, str]) -> list[str]:
-    # fmt: off
-    options = ["--unshare-all", "--unshare-user", "--disable-userns", "--new-session", "--die-with-parent",
-               "--cap-drop", "ALL", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--clearenv"]
-    # fmt: on
-    for key, value in {"PATH": os.environ.get("PATH", os.defpath), "HOME": _HOME, "LANG": "C.UTF-8", **env}.items():
-        options += ["--setenv", key, value]
-    return options
+    own = {"PATH": os.environ.get("PATH", os.defpath), "HOME": _HOME, "LANG": "C.UTF-8"}
+    return bwrap.isolation({**own, **env})
 
 
 def _system() -> list[str]:
-    options = ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dir", "/dev"]
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        path = Path("/", name)
-        if path.is_symlink():
-            options += ["--symlink", str(path.readlink()), str(path)]
-        elif path.is_dir():
-            options += ["--ro-bind", str(path), str(path)]
-    for path in map(Path, _SYSTEM):
-        options += ["--ro-bind-try", str(path), str(path)]
-    for device in ("null", "zero", "full", "random", "urandom"):
-        options += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
-        options += ["--symlink", f"/proc/self/{target}", f"/dev/{name}"]
-    for folder, size in (("/dev/shm", 64 * _MB), ("/tmp", _TMP), (_HOME, _TMP)):
-        options += ["--size", str(size), "--tmpfs", folder]
-    return options
+    # No zero: a shared mapping of it is memory in nobody's figures once its pages are given up.
+    devices = bwrap.devices("null", "full", "random", "urandom")
+    folders = [part for folder, size in _SCRATCH.items() for part in bwrap.scratch(folder, size)]
+    return [*bwrap.system(), *bwrap.where_present(*_SYSTEM), *devices, *folders]
 
 
 def _binds(shown: Sequence[Path]) -> list[str]:
@@ -102,26 +89,44 @@ def _seal(shown: Sequence[Path]) -> list[str]:
     return ["--remount-ro", "/", "--chdir", start]
 
 
-def _shown(program: str, arguments: Sequence[str], uid: int | None) -> Iterator[Path]:
+def _shown(program: str, arguments: Sequence[str]) -> Iterator[Path]:
     """Folders and files outside the system that the command may read."""
     found = [*_installed(Path(program)), *_named(arguments)]
     here = Path.cwd()
-    if str(here) not in _OWN_FOLDERS and here != Path.home() and _reachable(here, uid):
+    if not _is_home_or_system(here) and readable_inside(here):
         found.append(here)
     for path in dict.fromkeys(found):
         if not path.is_relative_to("/usr"):
             yield path
 
 
+def _is_home_or_system(folder: Path) -> bool:
+    """Whether `folder` is somebody's home, or holds one, or is the system's rather than a project."""
+    accounts = (account.pw_dir for account in pwd.getpwall() if account.pw_uid == 0 or account.pw_uid >= 1000)
+    homes = {Path.home(), *map(Path, accounts)}
+    return (
+        str(folder) in _SYSTEM_FOLDERS
+        or str(folder.parent) in ("/home", "/var")
+        or any(map(folder.is_relative_to, _SYSTEM_TREES))
+        or any(home.resolve().is_relative_to(folder) for home in homes)
+    )
+
+
 def _installed(program: Path) -> Iterator[Path]:
-    """Where a program is installed: for each link on the way to it, the folder above `bin`, else the file itself; and the
-    base of a virtual environment."""
+    """Where a program is installed: for each link on the way to it, the Python or Node installation above `bin`, else the
+    file itself; and the base of a virtual environment."""
     for path in _link_chain(program.absolute()):
         prefix = path.parent.parent
-        own = str(prefix) in _OWN_FOLDERS or prefix in (Path.home(), Path.home() / ".local")
-        whole = path.parent.name in ("bin", "sbin") and not own
-        yield prefix if whole else path
+        yield prefix if path.parent.name in ("bin", "sbin") and _is_installation(prefix) else path
         yield from _interpreter_of(path)
+
+
+def _is_installation(prefix: Path) -> bool:
+    """Whether a whole folder is of one Python or Node, and nothing of a person's beside it."""
+    if prefix.name == ".local" or _is_home_or_system(prefix):
+        return False
+    library = prefix / "lib"
+    return (prefix / "pyvenv.cfg").is_file() or (library / "node_modules").is_dir() or any(library.glob("python*"))
 
 
 def _interpreter_of(script: Path) -> Iterator[Path]:
@@ -153,32 +158,13 @@ def _named(arguments: Sequence[str]) -> Iterator[Path]:
             yield path
 
 
-def _check_reachable(program: str, shown: Sequence[Path], uid: int | None) -> None:
+def _check_readable(program: str, shown: Sequence[Path]) -> None:
     if not Path("/usr/bin/prlimit").exists():
         raise ServerStartError("its sandbox needs `prlimit`, of the package util-linux; install that")
     for path in shown:
-        if not _reachable(path, uid):
+        if not readable_inside(path):
             raise ServerStartError(
                 f"its sandbox, whose user has no rights but everyone's, can't read {path}, which {program!r} needs; "
                 "install it where all may read (/opt, /usr/local, a virtual environment made by the system's Python), "
                 "or run it without `sandbox`"
             )
-
-
-def _reachable(path: Path, uid: int | None) -> bool:
-    """Whether the sandbox's user can get at `path`."""
-    if uid is None:
-        return os.access(path, os.R_OK)
-    try:
-        need = 0o005 if path.is_dir() else 0o004
-        return path.stat().st_mode & need == need and all(parent.stat().st_mode & 0o001 for parent in path.parents)
-    except OSError:
-        return False
-
-
-def _in_memory(data: bytes, stack: ExitStack) -> int:
-    fd = os.memfd_create("thinkloop")
-    stack.callback(os.close, fd)
-    os.write(fd, data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd

@@ -13,14 +13,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from thinkloop.tools.tool import Attachment, Output, Tool, ToolError, Toolset
+from thinkloop.tools.outcome import message_of, plain_output, told
+from thinkloop.tools.tool import CHARACTERS_PER_TOKEN, Attachment, Output, Tool, ToolError, Toolset, entered
 from thinkloop.tools.validate import check_arguments
 from thinkloop.traces.events import Json, ThinkloopError
 
 if TYPE_CHECKING:
     from mcp.server import Server
 
-CHARACTERS_PER_TOKEN = 4
 MAX_CALLS = 32
 """Calls that may wait or run at the same time; more are refused."""
 _INSTRUCTIONS = (
@@ -33,30 +33,18 @@ async def serve(tools: Sequence[Tool | Toolset], *, http: int | None = None) -> 
 
     Toolsets are entered here. Over stdio the process's own standard output carries messages only: what tools print goes
     to standard error. Over HTTP each request needs the bearer token that standard error shows. Raises `ThinkloopError`
-    when the SDK is missing, two tools share a name, or the port is taken.
+    when the SDK is missing, two tools share a name or one has a bad schema, or the port is taken.
     """
     if find_spec("mcp") is None:
         raise ThinkloopError("`thinkloop mcp` needs the official SDK: `pip install 'thinkloop[mcp]'`.")
     async with AsyncExitStack() as stack:
-        offer = Offer(await _ready(tools, stack))
+        offer = Offer(await entered(tools, stack))
         if http is not None:
             from thinkloop.tools.mcp_server_http import serve_http
 
             await serve_http(offer.server(), http)
         else:
             await _serve_stdio(offer.server())
-
-
-async def _ready(given: Sequence[Tool | Toolset], stack: AsyncExitStack) -> dict[str, Tool]:
-    found: dict[str, Tool] = {}
-    for entry in given:
-        if isinstance(entry, Toolset):
-            await stack.enter_async_context(entry)
-        for tool in entry.tools() if isinstance(entry, Toolset) else [entry]:
-            if tool.name in found:
-                raise ThinkloopError(f"Two tools are named {tool.name!r}; leave one out.")
-            found[tool.name] = tool
-    return found
 
 
 @dataclass(slots=True)
@@ -111,13 +99,13 @@ class Offer:
 async def _run(tool: Tool, arguments: Json) -> Output:
     try:
         with anyio.fail_after(tool.deadline) as scope:
-            return await tool.call(arguments)
+            return plain_output(await tool.call(arguments))
     except ToolError as problem:
-        return _failed(str(problem))
+        return _failed(message_of(problem))
     except (Exception, SystemExit) as problem:
         if isinstance(problem, TimeoutError) and scope.cancelled_caught:
             return _failed(f"{tool.name} took longer than its deadline of {tool.deadline:g} s and was stopped")
-        return _failed(f"{tool.name} failed: {type(problem).__name__}: {problem}")
+        return _failed(f"{tool.name} failed: {told(problem)}")
 
 
 def _failed(message: str) -> Output:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import re
 
+from thinkloop.tools import extract_text
+
 _ESCAPE = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?")
-_LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-_CONTROL = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufeff"
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # directions: they show text in another order than it has
-    "\u200b\u2060-\u2064\U000e0000-\U000e007f]"  # invisible to a person, not to a model
-)
 
 
 def clean(text: str) -> str:
     """`text` without escape sequences, control, direction and invisible characters; line ends are newlines."""
-    return _CONTROL.sub("", _LINE_END.sub("\n", _ESCAPE.sub("", text)))
+    return extract_text.clean(_ESCAPE.sub("", text))
 
 
 def clip(text: str, most: int) -> str:
@@ -35,3 +31,9 @@ def last_line(text: str, most: int = 300) -> str:
     """The end of `text` cleaned, on one line of at most `most` characters."""
     line = " ".join(clean(text[-4 * most :]).split())
     return line if len(line) <= most else "…" + line[1 - most :]
+
+
+def said(error: BaseException) -> str:
+    """An error's own words, cleaned, on one line. One of many parts is only counted: its words take seconds to make."""
+    parts = error.error_count() if hasattr(error, "error_count") else 1
+    return f"{parts} values in it are wrong" if parts > 20 else one_line(str(error).partition("For further")[0], 500)

@@ -10,7 +10,15 @@ from typing import Any, Protocol
 import anyio
 from thinkloop.tools.addresses import AddressError, Policy, checked_url, resolve
 from thinkloop.tools.mcp_messages import MAX_JUNK, Fault, Streams, line_streams
-from thinkloop.tools.mcp_process import Launch, ServerProcess, ServerStartError, find_program, minimal_environment
+from thinkloop.tools.mcp_process import (
+    MAX_LINE,
+    Launch,
+    ServerProcess,
+    ServerStartError,
+    adopting,
+    find_program,
+    minimal_environment,
+)
 from thinkloop.tools.mcp_text import last_line
 
 _DAY = 24 * 3600.0  # seconds
@@ -78,7 +86,7 @@ class StdioTransport:
             from thinkloop.tools.mcp_sandbox import sandboxed
 
             return sandboxed(program, self.command[1:], self.env, stack)
-        return Launch([program, *self.command[1:]], environment)
+        return Launch(adopting([program, *self.command[1:]]), environment)
 
     async def _end_with_process(self, process: ServerProcess, fault: Fault) -> None:
         await process.wait()
@@ -134,7 +142,7 @@ class HttpTransport:
         async with (
             Proxy(policy, max_bytes=1 << 40, timeout=_DAY, max_seconds=_DAY, on_exchange=self._seen.exchange) as proxy,
             http_client(proxy.url, self.headers, self._seen) as client,
-            streamable_http_client(self.url, http_client=client, max_sse_event_size=16 << 20) as pair,
+            streamable_http_client(self.url, http_client=client, max_sse_event_size=MAX_LINE) as pair,
         ):
             yield pair
 

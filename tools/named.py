@@ -94,8 +94,9 @@ def _module_name(path: Path) -> str:
 
 
 def _look_in(folder: Path) -> None:
+    """At the end: a file in there must not take a library's place for whatever is imported later."""
     if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+        sys.path.append(str(folder))
 
 
 class _ErrorsOf:

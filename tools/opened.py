@@ -16,8 +16,8 @@ from thinkloop.tools.tool import ToolError
 from thinkloop.tools.web_search import MAX_TITLE_CHARS, Library, Source, is_web_url
 from thinkloop.traces.events import ThinkloopError
 
-KEPT_DOCUMENTS = 64
-"""At most 2,000,000 characters each."""
+KEPT_CHARS = 20_000_000
+"""Of all documents that are kept, a line counting 100 at least: many short ones take more memory than their text."""
 KEPT_TITLES = 10_000
 
 
@@ -37,16 +37,20 @@ class Documents:
         self._corpus, self._pages = corpus, pages
         self._libraries = [source for source in sources if isinstance(source, Library)]
         self._kept: OrderedDict[str, Opened] = OrderedDict()
+        self._chars = 0
+        self._ids: OrderedDict[str, None] = OrderedDict()
         self._titles: OrderedDict[str, dict[str, None]] = OrderedDict()
         self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
     def note(self, hits: Iterable[Hit]) -> None:
         """Takes in results that the model was shown: it may open them by their title."""
         for hit in hits:
+            self._ids[hit.id] = None
             if hit.title:
                 self._titles.setdefault(hit.title, {})[hit.id] = None
-        while len(self._titles) > KEPT_TITLES:
-            self._titles.popitem(last=False)
+        for names in (self._titles, self._ids):
+            while len(names) > KEPT_TITLES:
+                names.popitem(last=False)
 
     async def get(self, name: str) -> Opened:
         """The document meant by `name`. Raises `ToolError` when there is none, or when it can't be read."""
@@ -61,8 +65,9 @@ class Documents:
             return await self._from_elsewhere(id)
 
     def _id_of(self, name: str) -> str:
+        """An id or address stands for itself, whatever else bears it as a title: titles are what pages make of them."""
         ids = list(self._titles.get(name, {}))
-        if name in self._kept or not ids:
+        if name in self._kept or name in self._ids or is_web_url(name) or not ids:
             return name
         if len(ids) > 1:
             raise ToolError(f'several results have the title "{name}": open one by its id: {", ".join(ids[:5])}')
@@ -79,8 +84,9 @@ class Documents:
         except ThinkloopError as error:
             raise ToolError(str(error)) from error
         self._kept[id] = found
-        while len(self._kept) > KEPT_DOCUMENTS:
-            self._kept.popitem(last=False)
+        self._chars += _weight(found)
+        while len(self._kept) > 1 and self._chars > KEPT_CHARS:
+            self._chars -= _weight(self._kept.popitem(last=False)[1])
         return found
 
     async def _from_library(self, id: str) -> Opened | None:
@@ -96,6 +102,10 @@ class Documents:
             raise ToolError(f'there is no document "{clean_line(id, 200)}"{how}')
         url, title, lines = await self._pages.document(id)
         return await _opened(id, title, lines, url)
+
+
+def _weight(opened: Opened) -> int:
+    return sum(max(len(line), 100) for line in opened.document.lines)
 
 
 async def _opened(id: str, title: str, lines: Sequence[str], url: str = "") -> Opened:

@@ -56,7 +56,11 @@ def plain_output(given: object) -> Output:
 def plain_text(text: str, most: int = MAX_CHARS) -> str:
     """`text` with control characters and half surrogates written out as escapes and with plain line ends; of more than
     `most` characters only beginning and end, with a note between them."""
-    text = _within(str.__str__(text), most)
+    return visible(_within(str.__str__(text), most))
+
+
+def visible(text: str) -> str:
+    """`text` with control characters and half surrogates written out as escapes (`\\x1b`) and with plain line ends."""
     if not _CONTROL.search(text):
         return text
     return text.replace("\r\n", "\n").replace("\r", "\n").translate(_ESCAPES)

@@ -11,10 +11,7 @@ from __future__ import annotations
 import base64
 import inspect
 import json
-import os
-import signal
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import anyio
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from thinkloop.tools.outcome import told
+from thinkloop.tools.process_tree import signal_group, signal_name
 from thinkloop.tools.signature import DefinitionError
 from thinkloop.tools.thread import Outcome
 from thinkloop.tools.tool import Attachment, Output, ToolError
@@ -93,7 +91,7 @@ async def run_in_process(target: Target, arguments: Json) -> Outcome:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         return Outcome(error=WorkerDied(f"the process of the tool sent a reply that can't be read ({error})"))
     finally:
-        kill_group(process.pid)
+        signal_group(process.pid)
         with anyio.CancelScope(shield=True):
             await process.aclose()
 
@@ -127,11 +125,5 @@ def _outcome(reply: Json) -> Outcome:
 async def _end_of(process: Process) -> str:
     with anyio.move_on_after(1):
         code = await process.wait()
-        return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal_name(-code)}"
     return "closed its pipe"
-
-
-def kill_group(pid: int) -> None:
-    """Kills the process group that `pid` leads; one that is gone already is no error."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)

@@ -10,6 +10,7 @@ from typing import Any
 
 import anyio
 import h11
+from anyio.lowlevel import checkpoint
 from thinkloop.tools.addresses import AddressError, Place, authority, parse_url, split_authority
 from thinkloop.tools.proxy_headers import check_lengths, for_client, for_server, values
 from thinkloop.tools.proxy_rules import Exchange, Refusal, Rules
@@ -18,6 +19,8 @@ from thinkloop.tools.proxy_wire import Wire, connect
 __all__ = ["Relay", "credentials"]
 
 _MAX_HEAD = 65_536  # bytes of a request or response head, and of one chunk's header
+_EVENTS = 100  # parsed before others get a turn: reads and writes don't wait while there is data and room (25 µs each)
+_FRAMING = 100_000  # bytes from a server, beyond its content, that pass; and then twice the content (1-byte chunks: 5)
 _METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"})
 _TLS_HANDSHAKE = b"\x16\x03"
 _Part = Callable[[], Coroutine[Any, Any, None]]
@@ -36,7 +39,7 @@ class Relay:
         self._heard = False
         self._answered = False
         self._method, self._asked, self._address, self._refused = "", "", "", ""
-        self._status = self._bytes = 0
+        self._status = self._bytes = self._content = self._parsed = 0
 
     async def run(self, record: Callable[[Exchange], None]) -> None:
         """Serves; `record` hears what happened before a client can see the end of a refusal."""
@@ -149,41 +152,67 @@ class Relay:
         return True
 
     async def _download(self, parser: h11.Connection, server: Wire) -> None:
-        while not isinstance(event := await self._next(parser, server), h11.EndOfMessage):
-            if isinstance(event, h11.Response):
-                check_lengths(event.headers, 502)
-                event = h11.Response(
-                    status_code=event.status_code, reason=event.reason, headers=for_client(event.headers.raw_items())
-                )
-                self._status, self._answered = event.status_code, True
-            elif isinstance(event, h11.Data):
-                event = h11.Data(data=event.data)
-            elif isinstance(event, h11.InformationalResponse):
+        body = bytearray()  # the content of one read, sent as one: a chunk of the server may be a single byte
+        while not isinstance(event := await self._parse(parser, server), h11.EndOfMessage):
+            if isinstance(event, h11.Data):
+                body += event.data
                 continue
-            else:
+            await self._send_content(body)
+            if event is h11.NEED_DATA:
+                self._check_framing()
+                await self._receive(parser, server)
+            elif isinstance(event, h11.Response):
+                await self._send(self._parser, self._client, self._answer(event))
+            elif not isinstance(event, h11.InformationalResponse):
                 raise Refusal(502, "The server closed the connection without an answer.")
-            await self._send(self._parser, self._client, event)
+        await self._send_content(body)
         await self._send(self._parser, self._client, h11.EndOfMessage())
+
+    def _answer(self, event: h11.Response) -> h11.Response:
+        check_lengths(event.headers, 502)
+        self._status, self._answered = event.status_code, True
+        headers = for_client(event.headers.raw_items())
+        return h11.Response(status_code=event.status_code, reason=event.reason, headers=headers)
+
+    async def _send_content(self, body: bytearray) -> None:
+        if body:
+            self._content += len(body)
+            await self._send(self._parser, self._client, h11.Data(data=bytes(body)))
+            body.clear()
+
+    def _check_framing(self) -> None:
+        if self._bytes - self._content > _FRAMING + 2 * self._content:
+            raise Refusal(502, f"Cut: {self._bytes} bytes of the server's answer held {self._content} of content.")
 
     async def _next(self, parser: h11.Connection, source: Wire) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """The next event; never `NEED_DATA`, which the type of h11 can't say."""
-        ours = source is not self._server
-        try:
-            while (event := parser.next_event()) is h11.NEED_DATA:
-                data = await source.receive()
-                self._heard = True if ours and data else self._heard
-                if not ours:
-                    self._count(data)
-                parser.receive_data(data)
-        except h11.RemoteProtocolError as error:
-            if ours:
-                raise Refusal(error.error_status_hint, f"The request is malformed: {error}.") from error
-            raise Refusal(502, f"The server's answer is malformed or cut short: {error}.") from error
-        except OSError as error:
-            if ours:
-                raise
-            raise Refusal(502, f"The server cut the connection: {error.strerror or error}.") from error
+        while (event := await self._parse(parser, source)) is h11.NEED_DATA:
+            await self._receive(parser, source)
         return event
+
+    async def _parse(self, parser: h11.Connection, source: Wire) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        self._parsed += 1
+        if self._parsed % _EVENTS == 0:
+            await checkpoint()
+        try:
+            return parser.next_event()
+        except h11.RemoteProtocolError as error:
+            if source is self._server:
+                raise Refusal(502, f"The server's answer is malformed or cut short: {error}.") from error
+            raise Refusal(error.error_status_hint, f"The request is malformed: {error}.") from error
+
+    async def _receive(self, parser: h11.Connection, source: Wire) -> None:
+        try:
+            data = await source.receive()
+        except OSError as error:
+            if source is self._server:
+                raise Refusal(502, f"The server cut the connection: {error.strerror or error}.") from error
+            raise
+        if source is self._server:
+            self._count(data)
+        elif data:
+            self._heard = True
+        parser.receive_data(data)
 
     async def _send(self, parser: h11.Connection, sink: Wire, event: h11.Event) -> None:
         try:

@@ -8,7 +8,7 @@ import anyio
 
 __all__ = ["CHUNK", "Wire", "connect"]
 
-CHUNK = 65_536  # bytes read at once; the reader holds at most twice as many
+CHUNK = 16_384  # bytes read at once; the reader holds twice as many, and what one more recv brings (256 KB)
 _FAREWELL = 2.0  # seconds for the other side to take the last bytes and close
 _FIRST_TRY = 5.0  # seconds for an address when there is another one
 

@@ -16,7 +16,7 @@ from thinkloop.tools.python_keep import KeptFolder
 from thinkloop.tools.sandbox import Limits, SandboxError
 from thinkloop.tools.sandbox_report import isolation_report
 from thinkloop.tools.sandbox_session import FLOOD, GRACE, START_SECONDS, Cell, Session, start
-from thinkloop.tools.tool import Effect, Output, ToolError
+from thinkloop.tools.tool import Effect, Output, ToolError, object_schema
 from thinkloop.tools.unsafe_python import WARNING, start_unsafe
 from thinkloop.traces.events import Json, ThinkloopError
 
@@ -145,8 +145,7 @@ class PythonTool:
 
     @property
     def parameters(self) -> Json:
-        code = {"type": "string", "description": "Python code."}
-        return {"type": "object", "properties": {"code": code}, "required": ["code"], "additionalProperties": False}
+        return object_schema(["code"], code={"type": "string", "description": "Python code."})
 
     @property
     def effect(self) -> Effect:

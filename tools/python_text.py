@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+from thinkloop.tools.outcome import visible
 
 
 def lines(parts: Sequence[str]) -> str:
     """The parts that aren't empty, each from the start of a line, without what a terminal or a tokenizer would obey."""
-    return "".join(part if part.endswith("\n") else part + "\n" for part in map(plain, parts) if part)
-
-
-def plain(text: str) -> str:
-    """The text with line feeds for all line ends, and other control characters and lone surrogates written out."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return "".join(part if part.endswith("\n") else part + "\n" for part in map(visible, parts) if part)
 
 
 def one_line(text: str, most: int = 80) -> str:

@@ -18,16 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinkloop.tools import seccomp
+from thinkloop.tools import bwrap, seccomp
 from thinkloop.traces.events import Json, ThinkloopError
 
 RUNNER = "/runner.py"
 _MB = 1024 * 1024
 _HIGHEST_UID = 2**31 - 2
 _OLDEST_BWRAP = (0, 8)  # the first with --disable-userns
-_INSTALL = (
-    "Install it with `apt-get install bubblewrap` (Fedora: `dnf install bubblewrap`), or run without the python tool."
-)
+_INSTALL = "Install it with `apt-get install bubblewrap` (Fedora: `dnf install bubblewrap`), or run without"
 
 
 class SandboxError(ThinkloopError):
@@ -68,6 +66,14 @@ class Interpreter:
     prefix: Path | None = None
     packages: tuple[Path, ...] = ()
 
+    def environment(self) -> dict[str, str]:
+        """What it needs to find its own libraries."""
+        return {"LD_LIBRARY_PATH": "/opt/python/lib"} if self.prefix else {}
+
+    def binds(self) -> list[str]:
+        """bubblewrap's options for its own folder."""
+        return ["--ro-bind", str(self.prefix), "/opt/python"] if self.prefix else []
+
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
@@ -84,19 +90,18 @@ class Descriptors:
     """Files too large to copy, which the inside sees where they are."""
 
 
-def find_bwrap() -> str:
-    """The path of bubblewrap. Raises `SandboxError` where there is none, or where the sandbox can't work at all."""
+def find_bwrap(tool: str = "python tool") -> str:
+    """The path of bubblewrap. Raises `SandboxError`, which names the `tool`, where there is none, or where a sandbox can't
+    work at all."""
     if sys.platform != "linux":
         raise SandboxError(
-            f"The python tool needs Linux: its sandbox is bubblewrap, and this is {sys.platform}. Run without it."
+            f"The {tool} needs Linux: its sandbox is bubblewrap, and this is {sys.platform}. Run without it."
         )
     if not seccomp.supported():
-        raise SandboxError(
-            f"The python tool has no system-call filter for {platform.machine()} (x86_64 and aarch64 only)."
-        )
+        raise SandboxError(f"The {tool} has no system-call filter for {platform.machine()} (x86_64 and aarch64 only).")
     found = shutil.which("bwrap") or shutil.which("bwrap", path="/usr/bin:/bin")
     if not found:
-        raise SandboxError(f"The python tool needs bubblewrap (`bwrap`), which isn't installed. {_INSTALL}")
+        raise SandboxError(f"The {tool} needs bubblewrap (`bwrap`), which isn't installed. {_INSTALL} the {tool}.")
     return found
 
 
@@ -110,14 +115,14 @@ def bwrap_version(path: str) -> str:
     return result.stdout.strip().removeprefix("bubblewrap ")
 
 
-def explain_failure(path: str, message: str) -> str:
-    """One paragraph for a person: what bubblewrap said and what to do next."""
+def explain_failure(path: str, message: str, *, tool: str = "python tool", needs: str = "/usr/bin/python3") -> str:
+    """One paragraph for a person: what bubblewrap said and what to do next. `needs` is what must be there to run."""
     version = bwrap_version(path)
-    said = f"The python tool's sandbox did not start. {path} {version} said: {message.strip() or 'nothing'}"
-    return f"{said}\n{_advice(version)}"
+    said = f"The {tool}'s sandbox did not start. {path} {version} said: {message.strip() or 'nothing'}"
+    return f"{said}\n{_advice(version, tool, needs)}"
 
 
-def _advice(version: str) -> str:
+def _advice(version: str, tool: str, needs: str) -> str:
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers and numbers < _OLDEST_BWRAP:
         return "It is too old: version 0.8 or newer is needed."
@@ -135,7 +140,7 @@ def _advice(version: str) -> str:
     return (
         "If this is a container, let it make user namespaces (Docker: `--security-opt seccomp=unconfined "
         "--security-opt apparmor=unconfined --security-opt systempaths=unconfined`); otherwise check "
-        "that /usr/bin/python3 exists. Or run without the python tool."
+        f"that {needs} exists. Or run without the {tool}."
     )
 
 
@@ -172,11 +177,15 @@ def package_folders() -> tuple[Path, ...]:
     return tuple(path for path in map(Path, site.getsitepackages()) if path.is_dir() and _reachable(path.resolve()))
 
 
-def readable_inside(file: Path) -> bool:
-    """Whether the sandbox's user can read a file of the host where it is; root's gives up its rights beforehand."""
+def readable_inside(path: Path) -> bool:
+    """Whether a sandbox's user can read a file or folder of the host where it is; root's gives up its rights beforehand."""
     if os.geteuid() != 0:
-        return os.access(file, os.R_OK)
-    return bool(file.stat().st_mode & 0o004) and _reachable(file.parent)
+        return os.access(path, os.R_OK)
+    try:
+        need = 0o005 if path.is_dir() else 0o004
+        return path.stat().st_mode & need == need and _reachable(path.parent)
+    except OSError:
+        return False
 
 
 def _reachable(folder: Path) -> bool:
@@ -187,31 +196,15 @@ def _reachable(folder: Path) -> bool:
 
 def bwrap_arguments(interpreter: Interpreter, limits: Limits, fds: Descriptors) -> list[str]:
     """Options for `bwrap --args`: namespaces, the read-only system, sized scratch folders, the filter, in order."""
-    # fmt: off
-    isolate = ["--unshare-all", "--unshare-user", "--disable-userns", "--new-session", "--die-with-parent",
-               "--cap-drop", "ALL", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox", "--clearenv"]
-    # fmt: on
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/workspace", "LANG": "C.UTF-8", "TMPDIR": "/tmp"}
-    if interpreter.prefix:
-        environment["LD_LIBRARY_PATH"] = "/opt/python/lib"
-    for key, value in environment.items():
-        isolate += ["--setenv", key, value]
+    isolate = bwrap.isolation(environment | interpreter.environment())
     seal = ["--seccomp", str(fds.seccomp), "--info-fd", str(fds.info), "--remount-ro", "/", "--chdir", "/workspace"]
     return [*isolate, *_system(interpreter), *_devices(limits), *_scratch(limits, fds), *seal]
 
 
 def _system(interpreter: Interpreter) -> list[str]:
-    arguments = ["--ro-bind", "/usr", "/usr", "--proc", "/proc"]
-    for path in ("/etc/ld.so.cache", "/etc/fonts"):  # where libraries are, and where matplotlib looks for fonts
-        arguments += ["--ro-bind-try", path, path]
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        folder = Path("/", name)
-        if folder.is_symlink():
-            arguments += ["--symlink", str(folder.readlink()), str(folder)]
-        elif folder.is_dir():
-            arguments += ["--ro-bind", str(folder), str(folder)]
-    if interpreter.prefix:
-        arguments += ["--ro-bind", str(interpreter.prefix), "/opt/python"]
+    files = bwrap.where_present("/etc/ld.so.cache", "/etc/fonts")  # libraries, and where matplotlib looks for fonts
+    arguments = [*bwrap.system(), *files, *interpreter.binds()]
     for folder, inside in zip(interpreter.packages, _packages_inside(interpreter), strict=True):
         if str(folder) != inside:
             arguments += ["--ro-bind", str(folder), inside]
@@ -226,18 +219,13 @@ def _packages_inside(interpreter: Interpreter) -> list[str]:
 
 def _devices(limits: Limits) -> list[str]:
     """A few harmless devices. Not /dev/zero: shared mappings of it are memory that stays while no process counts it."""
-    arguments = ["--dir", "/dev"]
-    for name in ("null", "full", "random", "urandom"):
-        arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
-        arguments += ["--symlink", f"/proc/self/{target}", f"/dev/{name}"]
-    return [*arguments, "--size", str(limits.shm_mb * _MB), "--tmpfs", "/dev/shm"]
+    return [*bwrap.devices("null", "full", "random", "urandom"), *bwrap.scratch("/dev/shm", limits.shm_mb * _MB)]
 
 
 def _scratch(limits: Limits, fds: Descriptors) -> list[str]:
     """Two folders to write to. Given files are read-only mounts: not even their owner can change or replace them."""
-    disk = str(limits.disk_mb * _MB)
-    arguments = ["--size", disk, "--tmpfs", "/tmp", "--size", str((limits.disk_mb + 1) * _MB), "--tmpfs", "/workspace"]
+    disk = limits.disk_mb * _MB
+    arguments = [*bwrap.scratch("/tmp", disk), *bwrap.scratch("/workspace", disk + _MB)]
     for fd, name in fds.copies:
         arguments += ["--perms", "0444", "--ro-bind-data", str(fd), f"/workspace/{name}"]
     for path in fds.bound:
@@ -247,11 +235,11 @@ def _scratch(limits: Limits, fds: Descriptors) -> list[str]:
     return arguments
 
 
-def bwrap_command(bwrap: str, interpreter: Interpreter, limits: Limits, args_fd: int, channel_fd: int) -> list[str]:
+def bwrap_command(program: str, interpreter: Interpreter, limits: Limits, args_fd: int, channel_fd: int) -> list[str]:
     """What to execute: /proc/1/cmdline shows it inside, so the host's paths are in the `--args` file instead."""
     settings = runner_settings(limits.rlimits(), _packages_inside(interpreter), lowered=[1])
     python = [interpreter.path, "-I", "-S", "-B", "-X", "utf8", RUNNER, str(channel_fd), json.dumps(settings)]
-    return [bwrap, "--args", str(args_fd), "--", *python]
+    return [program, "--args", str(args_fd), "--", *python]
 
 
 def runner_settings(rlimits: dict[str, int], packages: Sequence[str] = (), lowered: Sequence[int] = ()) -> Json:

@@ -7,12 +7,14 @@ import signal
 import socket
 import stat
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from thinkloop.tools import seccomp
+from thinkloop.tools.bwrap import in_memory
+from thinkloop.tools.process_tree import kill_all, process_tree
 from thinkloop.tools.sandbox import (
     RUNNER,
     Descriptors,
@@ -24,7 +26,6 @@ from thinkloop.tools.sandbox import (
     explain_failure,
     fresh_uid,
 )
-from thinkloop.tools.sandbox_limits import process_tree
 
 COPY_CAP = 64 << 20
 """Bytes of a given file up to which the inside gets a copy, which needs no rights there; a larger one is bound."""
@@ -56,11 +57,11 @@ def launch(bwrap: str, interpreter: Interpreter, limits: Limits, files: Sequence
         output, output_end = _pipe(kept, handed)
         info, info_end = _pipe(kept, handed)
         copies, bound = _given(files, handed)
-        programs = [(_in_memory(_text(name), handed), path) for path, name in PROGRAMS.items()]
-        filter_fd = _in_memory(seccomp.build_filter(), handed)
+        programs = [(in_memory(_text(name), handed), path) for path, name in PROGRAMS.items()]
+        filter_fd = in_memory(seccomp.build_filter(), handed)
         fds = Descriptors(filter_fd, guest.fileno(), info_end, programs, copies, bound)
         arguments = "\0".join(bwrap_arguments(interpreter, limits, fds)).encode()
-        args_fd = _in_memory(arguments, handed)
+        args_fd = in_memory(arguments, handed)
         command = bwrap_command(bwrap, interpreter, limits, args_fd, fds.channel)
         passed = [args_fd, fds.seccomp, fds.channel, fds.info, *(fd for fd, _ in (*programs, *copies))]
         process = _popen(command, output_end, passed)
@@ -77,13 +78,6 @@ def kill_starting(process: subprocess.Popen[bytes]) -> None:
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         kill_all(list(process_tree(process.pid)))
-
-
-def kill_all(pids: Iterable[int]) -> None:
-    """Kill what is still there of `pids`."""
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _popen(command: list[str], output: int, passed: list[int]) -> subprocess.Popen[bytes]:
@@ -112,14 +106,6 @@ def _pipe(kept: ExitStack, handed: ExitStack) -> tuple[int, int]:
     kept.callback(os.close, ours)
     handed.callback(os.close, theirs)
     return ours, theirs
-
-
-def _in_memory(data: bytes, stack: ExitStack) -> int:
-    fd = os.memfd_create("thinkloop")
-    stack.callback(os.close, fd)
-    os.write(fd, data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 def _text(name: str) -> bytes:

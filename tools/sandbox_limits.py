@@ -5,40 +5,20 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from threading import Event, Thread
 
+from thinkloop.tools.process_tree import process_tree, resident_bytes
+
 BUSY_POLL, IDLE_POLL = 0.05, 0.2  # seconds; one poll of three processes costs about 0.1 ms
 INODE_BYTES = 1200  # a tmpfs inode with its directory entry, which a tmpfs size limit doesn't count
+SCRATCH = ("tmp", "workspace", "dev/shm")  # where the python tool's sandbox may write, below its root
 _PSS_SECONDS = (
     0.5  # a tree that takes longer to add up is treated as over the limit: mappings by the ten thousand are an attack
 )
-_PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-def process_tree(root: int) -> Iterator[int]:
-    """`root` and its descendants, by the kernel's own lists; what ends meanwhile is left out."""
-    pending = [root]
-    while pending:
-        pid = pending.pop()
-        yield pid
-        for task in _threads(pid):
-            with suppress(OSError):
-                pending += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
-
-
-def _threads(pid: int) -> list[str]:
-    with suppress(OSError):
-        return os.listdir(f"/proc/{pid}/task")  # noqa: PTH208 - names are all that is needed, twenty times a second
-    return []
-
-
-def _resident(pid: int) -> int:
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
-    return 0
 
 
 def _proportional(pid: int) -> int:
@@ -46,27 +26,34 @@ def _proportional(pid: int) -> int:
     try:
         rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        return _resident(pid)
+        return resident_bytes(pid)
     return sum(int(row.split()[1]) * 1024 for row in rows if row.startswith(("Pss:", "SwapPss:")))
 
 
-def _inode_bytes(pid: int) -> int:
-    """What the empty files of the scratch folders cost; a process that sees the host's own folders has none."""
+def _inode_bytes(pid: int, folders: Iterable[str]) -> int:
+    """What the empty files of the scratch folders cost. The host's own folders, which a process sees without a sandbox and
+    while one is being set up, don't count."""
     total = 0
-    with suppress(OSError):
-        if Path(f"/proc/{pid}/ns/mnt").stat().st_ino == Path("/proc/self/ns/mnt").stat().st_ino:
-            return 0
-    for mount in ("tmp", "workspace", "dev/shm"):
+    for mount in folders:
+        folder = f"/proc/{pid}/root/{mount}"
         with suppress(OSError):
-            stat = os.statvfs(f"/proc/{pid}/root/{mount}")
-            total += (stat.f_files - stat.f_ffree) * INODE_BYTES
+            if os.stat(folder).st_dev not in _host_devices():  # noqa: PTH116 - twenty times a second
+                stat = os.statvfs(folder)
+                total += (stat.f_files - stat.f_ffree) * INODE_BYTES
     return total
 
 
-def over_limit(root: int, limit: int) -> bool:
-    """Whether the tree under `root` holds more than `limit` bytes. Resident sizes first: cheap, and never too small."""
-    inodes, pids = _inode_bytes(root), list(process_tree(root))
-    if inodes + sum(map(_resident, pids)) <= limit:
+@cache
+def _host_devices() -> frozenset[int]:
+    folders = (Path(name) for name in ("/", "/tmp", "/dev/shm"))
+    return frozenset(folder.stat().st_dev for folder in folders if folder.exists())
+
+
+def over_limit(root: int, limit: int, scratch: Iterable[str] = SCRATCH) -> bool:
+    """Whether the tree under `root` holds more than `limit` bytes, with the files of its `scratch` folders. Resident sizes
+    first: cheap, and never too small."""
+    inodes, pids = _inode_bytes(root, scratch), list(process_tree(root))
+    if inodes + sum(map(resident_bytes, pids)) <= limit:
         return False
     total, until = inodes, time.monotonic() + _PSS_SECONDS
     for pid in pids:

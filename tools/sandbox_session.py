@@ -22,10 +22,11 @@ from typing import Any, ClassVar, Literal
 
 import anyio
 import anyio.to_thread
+from thinkloop.tools.process_tree import process_tree
 from thinkloop.tools.sandbox import Interpreter, Limits, SandboxError, explain_failure, find_bwrap, interpreters
 from thinkloop.tools.sandbox_channel import Broken, Channel, Printed
 from thinkloop.tools.sandbox_launch import Launched, kill_starting, launch
-from thinkloop.tools.sandbox_limits import Watchdog, delegated_cgroup, join_cgroup, leave_cgroup, process_tree
+from thinkloop.tools.sandbox_limits import Watchdog, delegated_cgroup, join_cgroup, leave_cgroup
 from thinkloop.traces.events import Json
 
 GRACE = 1.0  # seconds between the interrupt and the end

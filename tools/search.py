@@ -19,16 +19,16 @@ from typing import Any
 import anyio
 import anyio.to_thread
 from thinkloop.tools.corpus import Corpus, CorpusError, Document, Hit
+from thinkloop.tools.extract_bounds import LINE_CHARS
 from thinkloop.tools.extract_text import clean_line
 from thinkloop.tools.opened import Documents
 from thinkloop.tools.pages import Pages, WebPages
-from thinkloop.tools.tool import Effect, Output, Tool, ToolError
+from thinkloop.tools.tool import Effect, Output, Tool, ToolError, object_schema
 from thinkloop.tools.web_search import MAX_REASON_CHARS, Failure, Found, RetryPolicy, Source, WebSearch
 from thinkloop.traces.events import Json, ThinkloopError
 
 __all__ = ["Pages", "Search", "Shown", "Source", "format_hits", "format_page", "show_page"]
 
-MAX_LINE_CHARS = 500
 MAX_LIMIT = 50
 WEB_DEADLINE = 60.0
 """Seconds for one call that may reach the web; a search itself ends after `RetryPolicy.total`."""
@@ -76,7 +76,7 @@ def show_page(document: Document, line: int = 1, find: str = "", *, max_chars: i
             raise ToolError(f'no line of {document.id} from line {line} on has "{find}"')
     head, rows, numbers = f"{heading} ({total} lines)", list[str](), list[int]()
     for number, text in numbered:
-        row = f"{number}: {text[:MAX_LINE_CHARS]}".rstrip()
+        row = f"{number}: {text[:LINE_CHARS]}".rstrip()
         max_chars -= len(row) + 1
         if rows and max_chars < 0:
             head = f"{heading} ({total} lines; more from line {number} on)"
@@ -285,7 +285,7 @@ class _SearchTool:
     deadline: float = 30.0
     name: str = "search"
     parameters: Json = field(
-        default_factory=lambda: _schema(
+        default_factory=lambda: object_schema(
             ["query"],
             query={"type": "string", "description": "Words to look for."},
             limit={"type": "integer", "minimum": 1, "maximum": 50, "description": "How many results, 5 if not given."},
@@ -312,7 +312,7 @@ class _OpenTool:
 
     @property
     def parameters(self) -> Json:
-        return _schema(
+        return object_schema(
             ["id"],
             id={"type": "string", "description": self.id},
             line={"type": "integer", "minimum": 1, "description": "First line to show."},
@@ -322,7 +322,3 @@ class _OpenTool:
     async def call(self, arguments: Json) -> Output:
         line, find = int(arguments.get("line", 1)), str(arguments.get("find", ""))
         return await self.search.read(str(arguments["id"]), line, find)
-
-
-def _schema(required: list[str], **properties: Json) -> Json:
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import types
 import typing
 import warnings
 from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ def read_signature(
     model = _model(tool_name, fields)
     positional = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY)
     always = frozenset(name for name, parameter in parameters.items() if _is_field(parameter.default))
-    return Parameters(_schema(tool_name, model), model, positional, always)
+    return Parameters(_schema(model), model, positional, always)
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -159,11 +160,9 @@ def _model(tool_name: str, fields: dict[str, Any]) -> Any:
     return create_model(tool_name, __config__=ConfigDict(extra="forbid"), **fields)
 
 
-def _schema(tool_name: str, model: Any) -> Json:
+def _schema(model: Any) -> Json:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a default that has no JSON is left out of the schema; the function still has it
+        warnings.simplefilter("ignore")  # a default without JSON is left out of the schema; the function still has it
         schema: Json = model.model_json_schema()
     schema = _without_titles(schema)
     schema.pop("description", None)
@@ -216,13 +215,10 @@ def _rebuilt(hint: Any, args: tuple[Any, ...]) -> Any:
     if hasattr(hint, "copy_with"):
         return hint.copy_with(args)
     origin = get_origin(hint)
-    import types
-
     return typing.Union[args] if origin is types.UnionType else origin[args]  # noqa: UP007  # built at run time
 
 
 def _portable_typed_dict(hint: Any) -> Any:
-
     from typing_extensions import TypedDict
 
     hints = typing.get_type_hints(hint, include_extras=True)

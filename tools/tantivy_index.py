@@ -1,4 +1,4 @@
-"""Ranking by tantivy (extra `search`), for collections of more than some 100,000 documents.
+"""Ranking by tantivy (extra `search`), for collections of more than some 300,000 documents.
 
 Titles are part of the text here, and a word that is in the title counts once more, double. Scores differ from FTS5's, so
 the order of results may; documents, ids and lines are the same.

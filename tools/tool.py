@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from thinkloop.traces.events import Attachment, Json, ThinkloopError
 
-__all__ = ["Attachment", "Effect", "Output", "Tool", "ToolError", "Toolset", "declaration"]
+__all__ = [
+    "CHARACTERS_PER_TOKEN", "Attachment", "Effect", "Output", "Tool", "ToolError", "Toolset", "declaration", "entered",
+    "object_schema",
+]  # fmt: skip
 
 Effect = Literal["read", "write"]
+
+CHARACTERS_PER_TOKEN = 4
+"""What a budget is held against where there is no tokenizer."""
 
 
 class ToolError(ThinkloopError):
@@ -68,7 +75,37 @@ class Toolset(Protocol):
     async def __aexit__(self, *exc: Any) -> None: ...
 
 
+def object_schema(required: Sequence[str], **properties: Json) -> Json:
+    """The `parameters` of a tool that takes these properties and no others."""
+    listed = list(required)
+    return {"type": "object", "properties": properties, "required": listed, "additionalProperties": False}
+
+
 def declaration(tool: Tool) -> Json:
     """The tool in OpenAI's form, as models are told of it."""
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
     return {"type": "function", "function": function}
+
+
+async def entered(given: Sequence[Tool | Toolset], stack: AsyncExitStack) -> dict[str, Tool]:
+    """All the tools by name, toolsets entered until `stack` closes. Raises `ThinkloopError` for two tools of one name and
+    for a schema that can't be used."""
+    found: dict[str, Tool] = {}
+    for entry in given:
+        if isinstance(entry, Toolset):
+            await stack.enter_async_context(entry)
+        for tool in entry.tools() if isinstance(entry, Toolset) else [entry]:
+            _check_usable(tool, found)
+            found[tool.name] = tool
+    return found
+
+
+def _check_usable(tool: Tool, others: Mapping[str, Tool]) -> None:
+    from thinkloop.tools.validate import check_schema  # brings jsonschema, 60 ms: here, and not in the first call
+
+    if tool.name in others:
+        raise ThinkloopError(
+            f"Two tools are called `{tool.name}`: rename one or leave it out, the model must tell them apart."
+        )
+    if problem := check_schema(tool.parameters):
+        raise ThinkloopError(f"The `parameters` of tool `{tool.name}` can't be used: {problem}")

@@ -19,9 +19,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import ClassVar
 
+from thinkloop.tools.process_tree import kill_all, process_tree, signal_group
 from thinkloop.tools.sandbox import Interpreter, Limits, SandboxError, runner_settings
-from thinkloop.tools.sandbox_launch import COPY_CAP, Launched, kill_all
-from thinkloop.tools.sandbox_limits import process_tree
+from thinkloop.tools.sandbox_launch import COPY_CAP, Launched
 from thinkloop.tools.sandbox_session import Session
 
 WARNING = (
@@ -70,8 +70,7 @@ class UnsafeSession(Session):
             os.kill(self._process.pid, signal.SIGSTOP)
         for _ in range(_PASSES):
             kill_all(pid for pid in process_tree(self._process.pid) if pid != self._process.pid)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        signal_group(self._process.pid)
 
 
 def _launch(interpreter: Interpreter, limits: Limits, files: Sequence[Path], folder: Path) -> Launched:

@@ -28,7 +28,13 @@ def shown() -> Shown:
 
 
 def test_a_citation_of_lines_that_were_shown_holds(shown: Shown) -> None:
-    assert problems(shown, "Yes [a.md:L3] and [a.md:L12-L15], [a.md:L30–31], by title [Ada:L1].") == [""] * 4
+    assert problems(shown, "Yes [a.md:L3] and [a.md:L12-L15], [a.md:L30–31].") == [""] * 3
+
+
+def test_a_page_cannot_pass_for_another_by_its_title() -> None:
+    shown = Shown()
+    shown.note(opened(document="https://evil.example/x", title="https://good.example/page", lines=[[1, 9]]))
+    assert problems(shown, "[https://good.example/page:L1-L2]") == ["this document was not opened"]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,10 @@ async def guarded_browser(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proxy_relay, "connect", on_loopback)
-        patch.setattr(browser_page, "_SETTLE", 1.0)  # not 3 s for every page that never comes to rest
+        patch.setattr(browser_page, "_SETTLE", 0.6)  # not 3 s for every page that never comes to rest
+        patch.setattr(
+            browser_page, "SNAPSHOT_SECONDS", 2.0
+        )  # not 6 s for every page that doesn't let itself be looked at
         patch.setattr(browser_session, "Proxy", partial(Proxy, resolver=resolver))
         async with Browser(allow_hosts=allow, **options) as browser:
             yield browser

@@ -41,11 +41,12 @@ def layer(said: str) -> str:
 async def peak_of(work: Awaitable[T]) -> tuple[T, int]:
     """The result, and by how many megabytes this process's memory grew at its highest meanwhile."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _megabytes("VmRSS")
+    before = megabytes_of("VmRSS")
     result = await work
-    return result, max(0, _megabytes("VmHWM") - before)
+    return result, max(0, megabytes_of("VmHWM") - before)
 
 
-def _megabytes(field: str) -> int:
+def megabytes_of(field: str) -> int:
+    """A field of `/proc/self/status`: `VmRSS` is what this process has, `VmHWM` the most that it had."""
     rows = Path("/proc/self/status").read_text().splitlines()
     return int(next(row for row in rows if row.startswith(field)).split()[1]) >> 10

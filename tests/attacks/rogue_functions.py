@@ -44,8 +44,8 @@ def scribble() -> str:
 
 @tool(process=True)
 def huge() -> bytes:
-    """Gives a gigabyte that is no text."""
-    return b"\xff" * (1 << 30)
+    """Gives 300 MB that are no text."""
+    return b"\xff" * 300_000_000
 
 
 @tool(process=True)

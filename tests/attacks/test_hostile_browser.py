@@ -8,12 +8,14 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import anyio
 import pytest
 from chromium import guarded_browser, ref, said
 from control_tokens import control_tokens_of
-from evidence import peak_of
+from evidence import megabytes_of, peak_of
 from hostile_site import pages_of_harm
 from thinkloop.tools.browser import Browser
 from web_site import PAGES, page, site
@@ -49,14 +51,25 @@ async def shown(browser: Browser, name: str, **arguments: object) -> tuple[str, 
     """What the model is told, in time and in bounds, and the megabytes that it took here."""
     started = time.monotonic()
     content, megabytes = await peak_of(said(browser, name, **arguments))
-    assert time.monotonic() - started < 3 * TIMEOUT + 2
+    assert time.monotonic() - started < 2 * browser.timeout + 10
     assert len(content) < 8_500
     assert not CONTROL.search(content)
     return content, megabytes
 
 
 async def next_works(browser: Browser, url: str) -> None:
-    assert "Crane 1" in await said(browser, "open", url=f"{url}/table")
+    with patience(browser):
+        assert "Crane 1" in await said(browser, "open", url=f"{url}/table")
+
+
+@contextmanager
+def patience(browser: Browser) -> Iterator[None]:
+    """The time that a call has by default: for rows that aren't about time."""
+    browser.timeout = 30.0
+    try:
+        yield
+    finally:
+        browser.timeout = TIMEOUT
 
 
 def bound(content: str) -> str:
@@ -82,8 +95,9 @@ def bound(content: str) -> str:
 
 @pytest.mark.parametrize(
     "path",
-    ["/plain?mb=100", "/links?n=1000000", "/loop", "/hang", "/drip?n=100", "/flood", "/entities", "/style",
-     "/bomb.pdf", "/broken.pdf", "/comments", "/long-title", *slow("/nested", "/big?mb=100", "/onward", "/gzip-bomb", "/long-line")],
+    ["/loop", "/flood", "/entities", "/style", "/broken.pdf", "/comments", "/long-title",
+     *slow("/links?n=1000000", "/drip?n=100", "/bomb.pdf", "/plain?mb=100", "/big?mb=100", "/hang", "/nested", "/onward", "/gzip-bomb",
+                              "/long-line")],
 )  # fmt: skip
 async def test_a_page_without_end(browser: Browser, url: str, held: Held, path: str) -> None:
     content, megabytes = await shown(browser, "open", url=url + path)
@@ -132,13 +146,9 @@ SCRIPTS = {
     "a terabyte canvas": "const c = document.createElement('canvas'); c.width = c.height = 32_000; document.body.append(c); c.getContext('2d').fillRect(0, 0, 9, 9)",
     "it closes itself": "window.close(); open('', '_self').close()",
 }  # fmt: skip
-LONG = (
-    "a hundred workers",
-    "elements without end",
-    "prompts and confirmations",
-    "a pattern that stalls",
-    "text without end",
-)
+LONG = ("a hundred workers", "elements without end", "a history without end", "prompts and confirmations",
+        "a pattern that stalls", "text without end", "alerts without end", "requests without end", "reloading without end",
+        "memory without end", "addresses without end", "frames of itself", "five hundred pop-ups")  # fmt: skip
 
 
 def _page(script: str) -> None:
@@ -162,47 +172,45 @@ OURS = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the scripts that read a page run in the page's own world: it can replace what they call"
-)
-@pytest.mark.parametrize(("form", "script"), OURS.values(), ids=OURS.keys())
+@pytest.mark.parametrize(
+    ("form", "script"),
+    [pytest.param(*OURS["the text"], id="the text"), pytest.param(*OURS["the markup"], id="the markup", marks=pytest.mark.slow)],
+)  # fmt: skip
 async def test_a_page_replaces_functions_and_hands_us_thirty_megabytes_for(
     browser: Browser, url: str, held: Held, form: str, script: str
 ) -> None:
     _page(script)
-    content, megabytes = await shown(browser, "open", url=f"{url}/script", form=form)
+    with patience(browser):
+        content, megabytes = await shown(browser, "open", url=f"{url}/script", form=form)
     await next_works(browser, url)
     assert megabytes < 60
     held(f"{bound(content)}; {megabytes} MB here")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=TypeError,
-    reason="the scripts that read a page run in the page's own world: it can replace what they call",
-)
 async def test_a_page_replaces_functions_and_hands_us_another_type(browser: Browser, url: str, held: Held) -> None:
     _page("document.getElementsByTagName = () => ({length: 'x'})")
     content, _ = await shown(browser, "open", url=f"{url}/script")
     held(f"{bound(content)}")
 
 
-@pytest.mark.xfail(strict=True, reason="the title is taken whole before it is cut")
 async def test_a_title_of_thirty_megabytes(browser: Browser, url: str, held: Held) -> None:
     _page("document.title = 'x'.repeat(3e7)")
-    content, megabytes = await shown(browser, "open", url=f"{url}/script")
+    with patience(browser):
+        content, megabytes = await shown(browser, "open", url=f"{url}/script")
     await next_works(browser, url)
     assert megabytes < 60
     held(f"{bound(content)}; {megabytes} MB here")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Playwright's driver tells us every request with its whole body, and nothing bounds its messages",
-)
-async def test_a_request_with_a_body_of_twenty_megabytes(browser: Browser, url: str, held: Held) -> None:
-    _page("fetch('/x', {method: 'POST', body: 'x'.repeat(2e7)}).catch(() => 0)")
-    content, megabytes = await shown(browser, "open", url=f"{url}/script")
+async def test_a_request_with_a_body_of_fifty_megabytes(browser: Browser, url: str, held: Held) -> None:
+    _page("fetch('/x', {method: 'POST', body: 'x'.repeat(5e7)}).catch(() => 0)")
+
+    before = megabytes_of("VmRSS")
+    with patience(browser):
+        content, _ = await shown(browser, "open", url=f"{url}/script")
+    with anyio.move_on_after(2):  # the driver's message comes when it has read the body itself
+        while (megabytes := megabytes_of("VmHWM") - before) < 60:
+            await anyio.sleep(0.05)
     await next_works(browser, url)
     assert megabytes < 60
     held(f"{bound(content)}; {megabytes} MB here")
@@ -242,7 +250,6 @@ async def test_a_form_that_asks_for_a_file(browser: Browser, url: str, held: Hel
     held(f"{bound(clicked)}; a path can't be typed: {typed.removeprefix('error: ')[:80]}")
 
 
-@pytest.mark.xfail(strict=True, reason="a driver that ends is not noticed: no page can be opened any more in this run")
 async def test_the_driver_is_killed(url: str, held: Held) -> None:
     async with guarded_browser([url.removeprefix("http://")], [], {}, timeout=TIMEOUT) as mortal:
         await next_works(mortal, url)

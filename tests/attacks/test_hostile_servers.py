@@ -1,8 +1,7 @@
-"""Servers that mean harm: MCP servers over stdio and HTTP, and search services. What they send is bounded, and stays data."""
+"""MCP servers that mean harm, over stdio, over HTTP and in the sandbox: what they send is bounded, and stays data."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,12 @@ from cell import gone
 from control_tokens import HOSTILE, control_tokens_of, rendered
 from evidence import peak_of
 from hostile_site import answering
-from search_server import KEY, Answer, SearchServer, bomb, cut, endless, status
 from secret_server import secret
 from thinkloop.agent.agent import Agent
 from thinkloop.agent.testing import ScriptedModel
 from thinkloop.tools.mcp_client import MCP
 from thinkloop.tools.python import Python
-from thinkloop.tools.search import Search
 from thinkloop.tools.tool import ToolError
-from thinkloop.tools.web_providers import Brave, SearXNG
-from thinkloop.tools.web_search import RetryPolicy
 from thinkloop.traces.events import ThinkloopError
 
 pytestmark = [pytest.mark.anyio, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
@@ -117,7 +111,7 @@ async def test_control_tokens_in_an_mcp_servers_result(held: Held) -> None:
 # MCP: calls
 
 
-@pytest.mark.parametrize("mode", ["gigantic", "values", "flood", "requests"])
+@pytest.mark.parametrize("mode", ["gigantic", "values", "flood", pytest.param("requests", marks=pytest.mark.slow)])
 async def test_an_mcp_server_sends_without_end(held: Held, mode: str) -> None:
     async with plain(mode) as server:
         said, megabytes = await peak_of(say(server, "hello"))
@@ -126,7 +120,10 @@ async def test_an_mcp_server_sends_without_end(held: Held, mode: str) -> None:
     held(f"message bounds: {said.removeprefix('error: ')[:110]}; {megabytes} MB here")
 
 
-@pytest.mark.parametrize("mode", ["never", "deaf", "closed", "wrong-id"])
+@pytest.mark.parametrize(
+    "mode",
+    ["never", pytest.param("deaf", marks=pytest.mark.slow), "closed", pytest.param("wrong-id", marks=pytest.mark.slow)],
+)
 async def test_an_mcp_server_never_answers(held: Held, mode: str) -> None:
     started = time.monotonic()
     async with plain(mode, deadline=0.5) as server:
@@ -299,18 +296,13 @@ async def test_a_sandboxed_mcp_server_reaches_for(
 EXHAUSTING = {
     "memory": "[bytearray(200 << 20), time.sleep(10)]",
     "empty files": "[os.close(os.open('/tmp/%d' % i, os.O_CREAT)) for i in range(250_000)] and time.sleep(10)",
+    "empty files at home": "[os.close(os.open('/home/server/%d' % i, os.O_CREAT)) for i in range(250_000)] and time.sleep(10)",
     "many processes": "[__import__('subprocess').Popen(['/usr/bin/python3', '-c', 'x = bytearray(b\\'x\\') * (60 << 20); input()'], stdin=-1) for _ in range(6)] and time.sleep(10)",
 }  # fmt: skip
-HOME_FILES = "[os.close(os.open('/home/server/%d' % i, os.O_CREAT)) for i in range(150_000)] and time.sleep(1)"
 
 
 @needs_bwrap
-@pytest.mark.parametrize(
-    "code",
-    [*(pytest.param(code, id=name) for name, code in EXHAUSTING.items()),
-     pytest.param(HOME_FILES, id="empty files at home", marks=pytest.mark.xfail(
-         strict=True, reason="the watchdog counts the files of /tmp and /dev/shm, and not those of the server's home folder"))],
-)  # fmt: skip
+@pytest.mark.parametrize("code", EXHAUSTING.values(), ids=EXHAUSTING.keys())
 async def test_a_sandboxed_mcp_server_takes_too_much(
     folder: Path, held: Held, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
@@ -337,97 +329,3 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-# Search services
-
-BAD_ANSWERS: dict[str, Callable[[], Answer]] = {
-    "a gzip bomb": bomb,
-    "JSON without end": endless,
-    "a web page": lambda: status(200, b"<!doctype html><title>Log in</title>", {"Content-Type": "text/html"}),
-    "an answer that is cut off": cut,
-    "JSON that nests without end": lambda: status(200, b'{"results":' + b"[" * 500_000),
-    "a million results": lambda: status(200, b'{"web":{"results":[' + b'{"url":7},' * 180_000 + b"{}]}}"),
-    "results of other types": lambda: status(200, {"web": {"results": [7, None, {"url": 7}, {"url": ["http://a/"]}]}}),
-    "an error with the key in it": lambda: status(401, {"message": f"bad key {KEY} \x1b[2J{HOSTILE}"}),
-    "a compression that was not asked for": lambda: status(200, b"xx", {"Content-Encoding": "br"}),
-    "broken gzip": lambda: status(200, b"no gzip", {"Content-Encoding": "gzip"}),
-    "gzip in gzip": lambda: status(
-        200, gzip.compress(gzip.compress(b" " * (1 << 24))), {"Content-Encoding": "gzip, gzip"}
-    ),
-    "nothing": lambda: Answer(silent=True),
-    "a wait of a year": lambda: status(429, {}, {"Retry-After": "31536000"}),
-    "headers without end": lambda: status(200, {}, {f"X-{n}": "x" * 1000 for n in range(300)}),
-    "a thousand megabytes of blanks": lambda: Answer(body=lambda: repeat(b" " * (1 << 20), 1000)),
-}
-QUICK = RetryPolicy(tries=1, attempt=1.0, total=2.0, backoff=0.01)
-
-
-def brave(url: str) -> Brave:
-    return Brave(KEY, base_url=url, interval=0)
-
-
-@pytest.mark.parametrize("name", BAD_ANSWERS)
-async def test_a_search_service_sends(held: Held, name: str) -> None:
-    started = time.monotonic()
-    with SearchServer() as server:
-        server.fail("brave", BAD_ANSWERS[name]())
-        async with Search(brave(server.url), retry=QUICK) as search:
-            said, megabytes = await peak_of(_searched(search))
-    assert time.monotonic() - started < 8
-    assert megabytes < 100
-    assert KEY not in said
-    assert len(said) < 3000
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", said)
-    assert said.startswith("brave failed: ")
-    held(
-        f"reply bounds, and an error is never an empty result: {said.removeprefix('brave failed: ').partition('. You')[0][:90]}"
-    )
-
-
-async def _searched(search: Search) -> str:
-    (tool,) = (tool for tool in search.tools() if tool.name == "search")
-    try:
-        return (await tool.call({"query": "harbour"})).content
-    except ToolError as error:
-        return str(error)
-
-
-async def test_a_source_of_ones_own_gives_no_hits_but(held: Held) -> None:
-    class Source:
-        name = "rogue"
-
-        def __init__(self, given: Any) -> None:
-            self.given = given
-
-        async def search(self, query: str, limit: int) -> Any:
-            if isinstance(self.given, BaseException):
-                raise self.given
-            return self.given
-
-    told = []
-    for given in (
-        None,
-        "hits",
-        [1, 2],
-        {"a": 1},
-        object(),
-        ValueError(HOSTILE + "\x1b[2J"),
-        RecursionError(),
-        MemoryError(),
-    ):
-        async with Search(Source(given), retry=QUICK) as search:
-            told.append(await _searched(search))
-    assert all("rogue failed" in each and "\x1b" not in each for each in told)
-    held(f"checked for shape: {len(told)} of {len(told)} told as failures")
-
-
-async def test_two_sources_of_which_the_first_is_hostile(held: Held) -> None:
-    with SearchServer() as server:
-        server.fail("brave", endless(), endless(), endless())
-        sources = (brave(server.url), SearXNG(server.url))
-        async with Search(*sources, retry=QUICK) as search:
-            said = await _searched(search)
-    assert "https://ports.example/bergen" in said
-    assert "brave failed" in said
-    held(f"the next source: {said.rpartition('(')[2].rstrip(')')[:90]}")

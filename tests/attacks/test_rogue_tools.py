@@ -88,7 +88,7 @@ async def result_of(hostile: Any, trace: Path, arguments: Json | str = {}) -> To
     assert len(first.content) <= MOST
     assert not any(char < " " and char not in "\n\t" for char in first.content)
     first.content.encode()
-    assert sum(path.stat().st_size for path in trace.rglob("*") if path.is_file()) < 150_000_000
+    assert sum(path.stat().st_size for path in trace.rglob("*") if path.is_file()) < 120_000_000
     return first
 
 
@@ -99,11 +99,11 @@ def whats(result: ToolResult) -> str:
 # Too much, never, raising, no JSON
 
 TOO_MUCH: dict[str, Callable[[], Any]] = {
-    "text": lambda: "x" * 200_000_000,
-    "bytes": lambda: b"y" * 200_000_000,
+    "text": lambda: "x" * 100_000_000,
+    "bytes": lambda: b"y" * 100_000_000,
     "items": lambda: ["item"] * 2_000_000,
-    "a value that writes itself": lambda: type("Huge", (), {"__repr__": lambda self: "x" * 200_000_000})(),
-    "everything": lambda: Output("x" * 50_000_000, display="y" * 50_000_000, record={"z": ["z" * 50_000_000] * 9}),
+    "a value that writes itself": lambda: type("Huge", (), {"__repr__": lambda self: "x" * 100_000_000})(),
+    "everything": lambda: Output("x" * 20_000_000, display="y" * 20_000_000, record={"z": ["z" * 20_000_000] * 9}),
 }
 
 

@@ -34,6 +34,16 @@ def starts():
 
 
 def tools(params):
+    if MODE == "bare-tools":
+        return {"tools": [{}] * 24_900}
+    if MODE == "many-tools":
+        return {"tools": [{**TOOL, "name": f"t{number}"} for number in range(400)]}
+    if MODE == "bare-properties":
+        return {
+            "tools": [
+                {**TOOL, "inputSchema": {"type": "object", "properties": dict.fromkeys(map(str, range(49_000)), 0)}}
+            ]
+        }
     if MODE == "pages":
         number = int(params.get("cursor", 0))
         return {"tools": [{**TOOL, "name": f"t{number}"}], "nextCursor": str(number + 1)}
@@ -89,8 +99,24 @@ def hostile(id, said):
         case "values":
             print(f'{{"jsonrpc":"2.0","id":{id},"result":[{"0," * 600_000}0]}}', flush=True)
         case "deep":
-            print(f'{{"jsonrpc":"2.0","id":{id},"result":{"[" * 100_000}{"]" * 100_000}}}', flush=True)
-            return text(id, "still here")
+            print(f'{{"jsonrpc":"2.0","id":{id},"result":{{"x":{"[" * 300}{"]" * 300}}}}}', flush=True)
+            return None
+        case "bare-blocks" | "empty-blocks":  # as many as fit into the values of one message
+            block = '{"type":"text"}' if MODE == "bare-blocks" else '{"type":"text","text":""}'
+            count = 24_900 if MODE == "bare-blocks" else 16_600
+            print(f'{{"jsonrpc":"2.0","id":{id},"result":{{"content":[{",".join([block] * count)}]}}}}', flush=True)
+            return None
+        case "table":  # far more commas than a message may have values, but all in one text
+            return text(id, 'a,"b",\\\n' * 150_000)
+        case "answers":
+            while True:
+                text(id + 1000, "for nobody")
+        case "stderr":
+            while True:
+                os.write(2, b"x" * 65536)
+        case "dribble":
+            while True:
+                os.write(1, b"x")
         case "flood":
             while True:
                 send(method="notifications/message", params={"level": "info", "data": "x"})
@@ -125,8 +151,7 @@ def hostile(id, said):
             return send(method="notifications/tools/list_changed")
         case "rug":
             called.append(1)
-            text(id, said)
-            return send(method="notifications/tools/list_changed")
+            send(method="notifications/tools/list_changed")
         case "slow":
             time.sleep(0.3)
     return text(id, said)
@@ -185,6 +210,12 @@ if MODE == "garbage":
     while True:
         print("not json at all", flush=True)
 if MODE == "silent":
+    time.sleep(600)
+if MODE == "daemon" and not os.fork():  # its parent ends, and it is in a session of its own
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    Path(STATE + ".pid").write_text(str(os.getpid()))
     time.sleep(600)
 if MODE == "children":  # one in the group that won't hear SIGTERM, one in a session of its own; both hold the pipes
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import subprocess
+import sys
+import threading
 
+import anyio
 import pytest
 from thinkloop.tools.address_ranges import classify, is_own
 from thinkloop.tools.addresses import (
@@ -273,6 +278,45 @@ async def test_a_name_without_an_address_is_a_case_of_its_own() -> None:
         await resolve("nowhere.invalid", 80, Policy(), resolver=answering())
     with pytest.raises(UnresolvedError, match="nowhere\\.invalid can't be found"):
         await resolve("nowhere.invalid", 80, Policy(), resolver=system_resolver)
+
+
+async def test_lookups_that_hang_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, original = threading.Event(), socket.getaddrinfo
+    asked: list[str] = []
+
+    def hanging(host: str, *rest: object, **options: object) -> object:
+        asked.append(host)
+        answer.wait(30)
+        return original("127.0.0.1", 80, type=socket.SOCK_STREAM)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hanging)
+    given_up = [asyncio.create_task(system_resolver(f"{number}.example", 80)) for number in range(40)]
+    await anyio.sleep(0.05)
+    for task in given_up:
+        task.cancel()
+    await asyncio.gather(*given_up, return_exceptions=True)
+    waiting = [asyncio.create_task(system_resolver("last.example", 80)) for _ in range(20)]
+    await anyio.sleep(0.05)
+    assert sorted(asked) == sorted(f"{number}.example" for number in range(16))
+    answer.set()
+    with anyio.fail_after(10):
+        assert await asyncio.gather(*waiting) == [["127.0.0.1"]] * 20
+    assert asked[16:] == ["last.example"] * 20
+
+
+def test_a_lookup_that_hangs_does_not_keep_the_process() -> None:
+    program = """
+import anyio, socket, threading
+from thinkloop.tools.addresses import system_resolver
+socket.getaddrinfo = lambda *asked, **options: threading.Event().wait()
+async def main():
+    with anyio.move_on_after(0.1):
+        await system_resolver("slow.example", 80)
+    print("left", flush=True)
+anyio.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
 
 
 async def test_the_system_resolver_judges_what_it_gets() -> None:

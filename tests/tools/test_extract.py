@@ -368,14 +368,6 @@ def test_telling_the_kind_takes_no_time(extractor: BlockingExtractor) -> None:
     assert time.monotonic() - started < 1
 
 
-def test_files_are_read_by_suffix_and_data_or_are_none(extractor: BlockingExtractor, tmp_path: Path) -> None:
-    files = {"a.html": ARTICLE, "b.pdf": pdf(shown("words")), "c.dat": b"plain", "d.pdf": b"no", "e.bin": bytes(999)}
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    pages = [extractor.extract_file(tmp_path / name) for name in [*files, "missing"]]
-    assert [page and page.kind for page in pages] == ["html", "pdf", "text", None, None, None]
-
-
 # Hostile pages: an answer or an error in time, bounded, and the next page works
 
 HOSTILE = {

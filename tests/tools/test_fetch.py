@@ -15,11 +15,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import httpx
 import pytest
 from raw_server import Server, fixed, paths, redirect, response, serving
 from thinkloop.tools.addresses import AddressError, Policy
+from thinkloop.tools.extract_kind import content_type
+from thinkloop.tools.extract_text import clean, clean_line
 from thinkloop.tools.fetch import Fetched, Fetcher, StatusError
-from thinkloop.tools.fetch_body import accepts, content_type, short_text
+from thinkloop.tools.fetch_body import _Inflate, accepts, read_body, short_text
 from thinkloop.tools.tool import ToolError
 
 pytestmark = pytest.mark.anyio
@@ -53,7 +56,7 @@ async def test_a_page_with_its_facts() -> None:
         url = f"{server.url}a?b=c#part"
         page = await fetcher.get(url)
         assert (page.url, page.final_url, page.redirects) == (url, f"{server.url}a?b=c", ())
-        assert (page.status, page.media_type, page.charset) == (200, "text/html", "iso8859-1")
+        assert (page.status, page.media_type, page.charset) == (200, "text/html", "cp1252")
         assert (page.body, page.truncated) == (body, False)
         assert 0 < page.seconds < 5
         assert fetcher.record(page) == {
@@ -202,6 +205,43 @@ async def test_compression_that_was_not_asked_for_is_refused(coding: str) -> Non
 async def test_a_broken_compression_is_named() -> None:
     broken = b"\x1f\x8b\x08\x00nonsense that is no deflate stream"
     assert "can't be decompressed" in await failure(response(broken, headers=("Content-Encoding: gzip",)))
+
+
+class Pieces(httpx.AsyncByteStream):
+    """A body in pieces that are all there already."""
+
+    def __init__(self, piece: bytes, count: int) -> None:
+        self._pieces = [piece] * count
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
+
+
+async def test_others_get_a_turn_while_a_body_of_small_pieces_is_read() -> None:
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    answer = httpx.Response(200, stream=Pieces(b"abcd", 20_000), request=httpx.Request("GET", "http://a.example/"))
+    assert await read_body(answer, 100_000) == (b"abcd" * 20_000, False)
+    task.cancel()
+    assert turns >= 200
+
+
+def test_padding_after_compressed_data_is_not_kept() -> None:
+    whole = gzip.compress(b"one") + gzip.compress(b"two")
+    inflate = _Inflate()
+    assert b"".join(inflate.feed(whole[:25])) + b"".join(inflate.feed(whole[25:])) == b"onetwo"
+    for _ in range(100):
+        assert b"".join(inflate.feed(b"\0" * 1000)) == b""
+    assert inflate._stream
+    assert len(inflate._stream.unused_data) <= 1000
 
 
 async def test_a_body_cut_short_is_given_as_cut() -> None:
@@ -364,6 +404,34 @@ def test_short_text_is_one_bounded_line() -> None:
     assert short_text(b"a\x1b[31m\r\n b<!-- never closed", "") == "a [31m b"
     assert short_text("ü".encode("latin-1"), "latin-1") == "ü"
     assert len(short_text(b"<" * 1_000_000, "")) == 300
+    assert short_text(b" " * 5000 + b"x" * 301, "") == "x" * 299 + "…"
+
+
+HIDDEN = "".join(map(chr, [*range(0xE0000, 0xE0080), *range(0xE0100, 0xE01F0), *range(0x202A, 0x202F), 0x200B, 0x200E]))
+HIDDEN += "\xad\u115f\u1160\u180e\u200f\u2066\u2067\u2068\u2069\u206a\u206f\u3164\ufe00\ufe0e\uffa0\ufff9\ufffa\ufffb"
+
+
+def test_nothing_hidden_stays_in_a_text() -> None:
+    for letter in HIDDEN:
+        assert clean(f"a{letter}b é{letter * 3}è {letter}x") == "ab éè x", hex(ord(letter))
+    text = f"{HIDDEN}a{HIDDEN}b"
+    assert short_text(text.encode(), "") == clean_line(text, 2000) == "ab"
+    assert clean_line(f"a {letter} b", 300) == "a b"
+
+
+async def test_what_an_error_page_hides_is_left_out() -> None:
+    page = f"Go {HIDDEN}away\u202e"
+    said = await failure(response(page.encode(), "text/plain; charset=utf-8", "404 Not Found"), StatusError)
+    assert said.endswith(" answered 404 Not Found: Go away")
+
+
+@pytest.mark.parametrize("text", ["می\u200cخواهم", "क्\u200dष", "❤\ufe0f\u200d🔥", "👩\u200d💻", "1\ufe0f\u20e3"])
+def test_joiners_stay_where_a_script_or_an_emoji_needs_them(text: str) -> None:
+    assert clean(text) == text
+
+
+def test_a_row_of_joiners_is_one() -> None:
+    assert clean("م\u200c\u200d\u200b\u200c\u200cب") == "م\u200cب"
 
 
 @pytest.mark.parametrize(
@@ -449,6 +517,21 @@ async def test_https_goes_through_a_tunnel_and_is_verified(certificate: Path) ->
         async with fetching(server) as fetcher:
             with pytest.raises(ToolError, match="can't be reached: certificate verify failed"):
                 await fetcher.get(url)
+
+
+async def test_absurdly_small_chunks_end_a_fetch_over_tls_too(certificate: Path) -> None:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    context = ssl.create_default_context(cafile=str(certificate))
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
+    table = {
+        "/small": head + b"1\r\nx\r\n" * 9_000 + b"0\r\n\r\n",
+        "/absurd": head + b"1\r\nx\r\n" * 15_000 + b"0\r\n\r\n",
+    }
+    async with serving(paths(table), tls=tls) as server, fetching(server, ssl_context=context) as fetcher:
+        assert (await fetcher.get(f"https://{server.host}/small")).body == b"x" * 9_000
+        with pytest.raises(ToolError, match=r"bytes in 10\d00 chunks"):
+            await fetcher.get(f"https://{server.host}/absurd")
 
 
 # The cache, and POST

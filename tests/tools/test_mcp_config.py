@@ -66,6 +66,25 @@ def test_a_wrong_table_is_refused_with_its_name_and_key(table: Any, said: str) -
     assert "web" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "url", ["http://example.org/mcp", "HTTP://10.0.0.1/", "http://localhost.example.org", "http:///"]
+)
+def test_a_secret_is_not_sent_unencrypted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "abc")
+    with pytest.raises(ThinkloopError, match=r"\[mcp.web\]: `headers` .* unencrypted. Use an https address"):
+        servers_from({"web": {"url": url, "headers": {"Authorization": "Bearer ${TOKEN}"}}})
+    servers_from({"web": {"url": url, "headers": {"Accept-Language": "en"}}})
+
+
+@pytest.mark.parametrize(
+    "url", ["https://example.org", "http://localhost:3000", "http://127.0.0.1/mcp", "http://[::1]:80/"]
+)
+def test_a_secret_may_go_over_https_or_stay_on_this_machine(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "abc")
+    (web,) = servers_from({"web": {"url": url, "headers": {"Authorization": "Bearer ${TOKEN}"}}})
+    assert web._transport().headers == {"Authorization": "Bearer abc"}
+
+
 def test_servers_come_from_the_command_line() -> None:
     assert parse_server("a=python 'my server.py' --x=1")._transport().command == ("python", "my server.py", "--x=1")
     assert parse_server("b=https://example.org/mcp?x=1")._transport().url == "https://example.org/mcp?x=1"

@@ -110,7 +110,7 @@ async def test_two_tools_of_one_name_are_refused() -> None:
     @tool
     def same() -> None: ...
 
-    with pytest.raises(ThinkloopError, match="Two tools are named 'same'"):
+    with pytest.raises(ThinkloopError, match="Two tools are called `same`"):
         await serve([same, same])
 
 

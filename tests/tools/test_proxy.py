@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import anyio
+import h11
 import httpx
 import pytest
 from raw_server import Handler, Server, fixed, redirect, response, serving
@@ -517,6 +518,55 @@ async def test_an_endless_answer_is_cut_at_the_bound() -> None:
         assert not answer.endswith(b"0\r\n\r\n")
         assert proxy.exchanges[0].refused == "Cut after 1000000 bytes."
         await until(lambda: server.open == 0)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+async def test_many_small_chunks_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = most = 0
+    original = h11.Connection.next_event
+
+    def counted(self: h11.Connection) -> object:
+        nonlocal parsed, most
+        parsed += 1
+        most = max(most, parsed)
+        return original(self)
+
+    async def turns() -> None:
+        nonlocal parsed
+        while True:
+            parsed = 0
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(h11.Connection, "next_event", counted)
+    raw = CHUNKED + b"1\r\nx\r\n" * 20_000 + b"0\r\n\r\n"
+    async with serving(fixed(raw)) as server, Proxy(Policy.of((server.host,))) as proxy:
+        ticking = asyncio.create_task(turns())
+        answer = await get(proxy, server.url)
+        ticking.cancel()
+    assert most <= 210  # twice a hundred: another task's turn may come between the relay's and the count's
+    chunks = re.findall(rb"\r\n([0-9a-f]+)\r\nx", answer)
+    assert sum(int(size, 16) for size in chunks) == 20_000
+    assert len(chunks) < 100
+    assert answer.endswith(b"\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        CHUNKED + b"1\r\nx\r\n" * 200_000,
+        CHUNKED + (b"1;" + b"a" * 5000 + b"\r\nx\r\n") * 100,
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 20_000,
+    ],
+)
+async def test_an_answer_that_is_hardly_more_than_framing_is_cut(raw: bytes) -> None:
+    async with serving(fixed(raw)) as server, Proxy(Policy.of((server.host,))) as proxy:
+        answer = await get(proxy, server.url)
+        await until(partial(len, proxy.exchanges))
+    assert re.fullmatch(r"Cut: \d+ bytes of the server's answer held \d+ of content\.", proxy.exchanges[0].refused)
+    assert proxy.exchanges[0].bytes < 250_000
+    assert not answer.endswith(b"0\r\n\r\n")
 
 
 async def test_a_silent_server_is_given_up() -> None:

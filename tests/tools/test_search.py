@@ -308,6 +308,26 @@ async def test_a_title_that_several_results_have_is_asked_back() -> None:
                 await call(search, "open", id="News")
 
 
+async def test_a_title_never_takes_an_address_of_another() -> None:
+    good, evil = "https://good.example/page", "https://evil.example/x"
+    with SearchServer(((evil, good, "x"), ("https://other.example/", evil, "y"))) as server:
+        site = Site({good: (good, "Good", ("good",)), evil: (evil, "Evil", ("evil",))})
+        async with Search(SearXNG(server.url), pages=site) as search:
+            await call(search, "search", query="news")
+            assert (await call(search, "open", id=good)).record["document"] == good
+            assert (await call(search, "open", id=evil)).record["document"] == evil
+    assert site.opened == [good, evil]
+
+
+async def test_what_is_kept_for_a_run_is_bounded_in_all(folder: Path) -> None:
+    pages = {f"https://a.example/{n}": (f"https://a.example/{n}", "", ("x",) * 90_000) for n in range(4)}
+    site = Site(pages)
+    async with Search(folder, pages=site) as search:
+        for url in (*pages, *reversed(pages)):
+            await call(search, "open", id=url)
+    assert len(site.opened) == 6  # two are kept at a time: 9,000,000 characters each, as lines count
+
+
 async def test_reading_on_fetches_nothing_again(folder: Path) -> None:
     lines = tuple(f"line {number} {'x' * 100}" for number in range(1, 301))
     site = Site({BERGEN: (BERGEN, "", lines)})
