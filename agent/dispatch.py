@@ -141,7 +141,9 @@ class Dispatcher:
 
     def _unknown(self, name: str) -> str:
         names = ", ".join(self._tools)
-        return f'there is no tool "{name}"; ' + (f"the tools are {names}" if names else "there are no tools: answer")
+        return f'there is no tool "{name[:100]}"; ' + (
+            f"the tools are {names}" if names else "there are no tools: answer"
+        )
 
     def _told(self, job: Job) -> ToolResult:
         result = job.result()
@@ -192,14 +194,12 @@ def _wall_seconds(batch: Sequence[Job]) -> float:
 
 
 async def _run_batch(batch: Sequence[Job]) -> None:
+    """Each in a task of its own: a tool that cancels its task cancels nothing but itself."""
     jobs = [job for job in batch if job.waits]
-    if len(jobs) < 2:
-        return await _run_job(jobs[0]) if jobs else None
     limiter = anyio.CapacityLimiter(SIDE_BY_SIDE)
     async with anyio.create_task_group() as group:
         for job in jobs:
             group.start_soon(_run_limited, job, limiter)
-    return None
 
 
 async def _run_limited(job: Job, limiter: anyio.CapacityLimiter) -> None:

@@ -224,7 +224,7 @@ def parse_arguments(raw: str) -> tuple[Json | None, str]:
     """The arguments that a call's raw text holds, or None, and what is wrong with it (empty when nothing is)."""
     try:
         value = json.loads(raw)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         return None, f"the arguments are not JSON ({problem})"
     if not isinstance(value, dict):
         return None, "the arguments are not a JSON object"

@@ -131,10 +131,10 @@ def greedy(query: dict[str, str]) -> Answer:
     return page("Greedy", f"<h1>Greedy</h1><button onclick='eat()'>Eat</button><script>{script}</script>")
 
 
-def script(query: dict[str, str]) -> Answer:
-    """A page that runs `code`, at once or when `Run` is clicked."""
-    code = query["code"]
-    return page("Script", f"<p>Here</p><button onclick='run()'>Run</button><script>function run() {{ {code} }}</script>")
+def run(query: dict[str, str]) -> Answer:
+    """A page that runs `code` after it was shown, `wait` milliseconds later."""
+    script = f"setTimeout(() => {{ {query['code']} }}, {int(query.get('wait', '0'))})"
+    return page("Script", f"<p>Here</p><script>{script}</script>")
 
 
 def injection(query: dict[str, str]) -> Answer:
@@ -244,9 +244,11 @@ def drip(query: dict[str, str]) -> Answer:
 def downloads(query: dict[str, str]) -> Answer:
     """A button for `n` files of `mb` megabytes."""
     body = f"new Blob([new Uint8Array({query['mb']}e6)])"
-    script = f"for (let i = 0; i < {query['n']}; i++) {{ const a = document.createElement('a'); a.download = 'file' + i;"
+    script = (
+        f"for (let i = 0; i < {query['n']}; i++) {{ const a = document.createElement('a'); a.download = 'file' + i;"
+    )
     script += f" a.href = URL.createObjectURL({body}); a.click() }}"
-    return page("Downloads", f"<button onclick='all()'>All</button><script>function all() {{ {script} }}</script>")
+    return page("Downloads", f"<button onclick='save()'>All</button><script>function save() {{ {script} }}</script>")
 
 
 def redirect(query: dict[str, str]) -> Answer:
@@ -267,7 +269,7 @@ PAGES: dict[str, Callable[[dict[str, str]], Answer]] = {
     "/busy": busy,
     "/greedy": greedy,
     "/injection": injection,
-    "/script": script,
+    "/run": run,
     "/reach": reach,
     "/tides.pdf": pdf,
     "/download": download,

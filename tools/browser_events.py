@@ -240,7 +240,7 @@ class Events:
             return
         if self.downloads > MAX_FILES:
             await download.cancel()
-            self.notice(f"{name!r} was not downloaded: at most {MAX_FILES} files are kept at a time")
+            self.notice(f"more files were not downloaded: at most {MAX_FILES} are kept at a time")
             return
         self.downloading += 1
         try:

@@ -39,23 +39,11 @@ _POLICY = {  # a second wall behind the checks of `browser_open`; Chromium obeys
     "WebRtcIPHandling": "disable_non_proxied_udp",
     "BrowserSignin": 0,
 }
-NEEDED_CALLS = frozenset(  # by Chromium's own sandbox (namespaces too), its crash handler, V8 and the compositor
-    {
-        "clone",
-        "clone3",
-        "mmap",
-        "chroot",
-        "unshare",
-        "seccomp",
-        "memfd_create",
-        "ptrace",
-        "process_vm_readv",
-        "personality",
-        "kcmp",
-        "mbind",
-    }
-    | {"set_mempolicy", "move_pages", "remap_file_pages", "process_madvise"}
-)
+NEEDED_CALLS = frozenset({  # by Chromium's own sandbox (namespaces too), its crash handler, V8 and the compositor
+    "clone", "clone3", "mmap", "setsockopt", "chroot", "unshare", "seccomp", "memfd_create", "ptrace", "process_vm_readv",
+    "personality", "kcmp", "mbind", "set_mempolicy", "move_pages", "remap_file_pages", "process_madvise",
+})  # fmt: skip
+FAMILIES = (seccomp.UNIX, seccomp.INET, seccomp.INET6)  # the relay listens on the loopback of its own network
 
 
 class BrowserError(ThinkloopError):
@@ -122,7 +110,7 @@ def plan(program: str, chromium: Path, folder: Path, limits: BrowserLimits, *, d
             "/etc/chromium/policies/managed/thinkloop.json": json.dumps(_POLICY),
             "/etc/opt/chrome/policies/managed/thinkloop.json": json.dumps(_POLICY),
         },
-        "filter": seccomp.build_filter(needed=NEEDED_CALLS).hex(),
+        "filter": seccomp.build_filter(needed=NEEDED_CALLS, families=FAMILIES).hex(),
         "seal": ["--remount-ro", "/", "--chdir", HOME],
         "command": [python.path, "-I", "-S", "-B", RELAY, _relayed(folder), str(browser)],
     }

@@ -1,4 +1,4 @@
-"""A stdio MCP server's process: in a group of its own, with bounded lines, the end of its stderr, and nothing left after it.
+"""A stdio MCP server's process: in its own group, lines bounded, the end of its stderr kept, its family ended with it.
 
 Descriptors are ours rather than asyncio's, whose transports stay open while any grandchild holds a pipe.
 """

@@ -1,9 +1,9 @@
 """Runs a tool's function in a process of its own, which can be killed whatever the function does.
 
 Each call starts a Python that imports the function by name (`tools.process_worker`), sends it the arguments and reads
-one reply, both as length-prefixed JSON over pipes. Nothing in a reply is trusted or unpickled. The process leads a
-group of its own, which is killed when the call is over, however it ends; when this program dies, the worker sees its
-pipe close and kills the group itself.
+one reply, both as length-prefixed JSON over pipes. Nothing in a reply is trusted or unpickled. The process and all that
+it started are killed when the call is over, however it ends; when this program dies, the worker sees its pipe close and
+kills its group itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import anyio
 from anyio.abc import Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from thinkloop.tools.outcome import told
-from thinkloop.tools.process_tree import signal_group, signal_name
+from thinkloop.tools.process_tree import kill_family, signal_name
 from thinkloop.tools.signature import DefinitionError
 from thinkloop.tools.thread import Outcome
 from thinkloop.tools.tool import Attachment, Output, ToolError
@@ -91,7 +91,7 @@ async def run_in_process(target: Target, arguments: Json) -> Outcome:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         return Outcome(error=WorkerDied(f"the process of the tool sent a reply that can't be read ({error})"))
     finally:
-        signal_group(process.pid)
+        kill_family(process.pid)
         with anyio.CancelScope(shield=True):
             await process.aclose()
 

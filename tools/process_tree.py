@@ -59,6 +59,28 @@ def kill_all(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def adopt_orphans() -> None:
+    """Have orphans among this process's descendants come to it and not to init, so that they are still found below it
+    (Linux)."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def kill_family(pid: int) -> None:
+    """Kill the descendants of `pid`, those in sessions of their own too, then the group that it leads. In passes: some may
+    have begun while others were killed."""
+    for _ in range(5):
+        held = [handle for below in list(process_tree(pid))[1:] if (handle := hold(below)) is not None]
+        kill_held(held)
+        for handle in held:
+            os.close(handle)
+        if not held:
+            break
+    signal_group(pid)
+
+
 def signal_group(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     """Send a signal to the process group that `pid` leads; one that is gone already is no error."""
     with suppress(ProcessLookupError, PermissionError):

@@ -17,6 +17,7 @@ from typing import Any
 
 from thinkloop.tools.function import FunctionTool, tool
 from thinkloop.tools.outcome import message_of, plain_output, told
+from thinkloop.tools.process_tree import adopt_orphans
 from thinkloop.tools.tool import Output, ToolError
 from thinkloop.tools.values import as_output
 from thinkloop.traces.events import Json
@@ -27,6 +28,7 @@ MAIN = "__thinkloop_main__"
 
 def main() -> None:
     """Reads a request, replies, and waits to be killed."""
+    adopt_orphans()
     request_pipe, reply_pipe = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what the function prints must not get between the replies

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from thinkloop.tools.proxy_rules import Refusal
 
-__all__ = ["Headers", "check_lengths", "for_client", "for_server", "values"]
+__all__ = ["Headers", "bracketed", "check_lengths", "for_client", "for_server", "values"]
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -14,6 +14,19 @@ _HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"expect"}
     | {b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"proxy-status"}
 )
+
+
+def bracketed(target: str, headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The request's target with the brackets of an IPv6 address, which httpx leaves out there and, for plain http, has in
+    its `Host`. Any other target stays as it is."""
+    scheme, slashes, rest = target.rpartition("://")
+    authority, slash, path = rest.partition("/")
+    if authority.count(":") < 2 or "[" in authority or "@" in authority:
+        return target
+    host, _, port = authority.rpartition(":")
+    named = b"".join(values(headers, b"host")).decode("latin-1")
+    whole = named if named.replace("[", "").replace("]", "") == authority and "[" in named else f"[{host}]:{port}"
+    return f"{scheme}{slashes}{whole}{slash}{path}"
 
 
 def for_server(headers: Iterable[tuple[bytes, bytes]], host: str) -> Headers:

@@ -12,7 +12,7 @@ import anyio
 import h11
 from anyio.lowlevel import checkpoint
 from thinkloop.tools.addresses import AddressError, Place, authority, parse_url, split_authority
-from thinkloop.tools.proxy_headers import check_lengths, for_client, for_server, values
+from thinkloop.tools.proxy_headers import bracketed, check_lengths, for_client, for_server, values
 from thinkloop.tools.proxy_rules import Exchange, Refusal, Rules
 from thinkloop.tools.proxy_wire import Wire, connect
 
@@ -83,13 +83,14 @@ class Relay:
             return
         self._progress()
         self._method = request.method.decode("ascii")
-        self._asked = request.target.decode("ascii", "replace")[:2000]
+        target = bracketed(request.target.decode("latin-1"), request.headers)
+        self._asked = target.encode("ascii", "replace").decode("ascii")[:2000]
         self._authorise(request)
         check_lengths(request.headers, 400)
         if request.method == b"CONNECT":
             await self._tunnel(request)
         elif request.method in _METHODS:
-            await self._forward(request)
+            await self._forward(request, target)
         else:
             raise Refusal(403, f"The method {self._method[:20]} is refused.")
 
@@ -107,8 +108,8 @@ class Relay:
 
     # Plain http
 
-    async def _forward(self, request: h11.Request) -> None:
-        place = self._place(request)
+    async def _forward(self, request: h11.Request, target: str) -> None:
+        place = self._place(target)
         if b"websocket" in values(request.headers, b"upgrade"):
             raise Refusal(403, "WebSockets are refused.")
         addresses = await self._rules.addresses(place.host, place.port, tunnel=False)
@@ -118,9 +119,9 @@ class Relay:
         await self._send(parser, server, h11.Request(method=request.method, target=place.path, headers=headers))
         await _side_by_side(lambda: self._download(parser, server), lambda: self._upload(parser, server))
 
-    def _place(self, request: h11.Request) -> Place:
+    def _place(self, target: str) -> Place:
         try:
-            place = parse_url(request.target.decode("latin-1"))
+            place = parse_url(target)
         except AddressError as error:
             raise Refusal(403, str(error)) from error
         if place.scheme != "http":

@@ -15,6 +15,9 @@ from thinkloop.tools.process_tree import process_tree, resident_bytes
 
 BUSY_POLL, IDLE_POLL = 0.05, 0.2  # seconds; one poll of three processes costs about 0.1 ms
 INODE_BYTES = 1200  # a tmpfs inode with its directory entry, which a tmpfs size limit doesn't count
+SOCKET_BYTES = (
+    212_992  # what one holds at most: the system's default for its send buffer, which can't be changed inside
+)
 SCRATCH = ("tmp", "workspace", "dev/shm")  # where the python tool's sandbox may write, below its root
 _PSS_SECONDS = (
     0.5  # a tree that takes longer to add up is treated as over the limit: mappings by the ten thousand are an attack
@@ -43,6 +46,21 @@ def _inode_bytes(pid: int, folders: Iterable[str]) -> int:
     return total
 
 
+def _socket_bytes(pid: int) -> int:
+    """What the sockets of its network may hold. The host's own network, which a process sees without a sandbox and while
+    one is being set up, doesn't count."""
+    with suppress(OSError, ValueError, IndexError):
+        if os.stat(f"/proc/{pid}/ns/net").st_ino != _host_network():  # noqa: PTH116 - twenty times a second
+            row = Path(f"/proc/{pid}/net/sockstat").read_text().split("\n", 1)[0]  # `sockets: used 4`
+            return int(row.split()[2]) * SOCKET_BYTES
+    return 0
+
+
+@cache
+def _host_network() -> int:
+    return Path("/proc/self/ns/net").stat().st_ino
+
+
 @cache
 def _host_devices() -> frozenset[int]:
     folders = (Path(name) for name in ("/", "/tmp", "/dev/shm"))
@@ -50,12 +68,12 @@ def _host_devices() -> frozenset[int]:
 
 
 def over_limit(root: int, limit: int, scratch: Iterable[str] = SCRATCH) -> bool:
-    """Whether the tree under `root` holds more than `limit` bytes, with the files of its `scratch` folders. Resident sizes
-    first: cheap, and never too small."""
-    inodes, pids = _inode_bytes(root, scratch), list(process_tree(root))
-    if inodes + sum(map(resident_bytes, pids)) <= limit:
+    """Whether the tree under `root` holds more than `limit` bytes, with the files of its `scratch` folders and what its
+    sockets may hold. Resident sizes first: cheap, and never too small."""
+    beside, pids = _inode_bytes(root, scratch) + _socket_bytes(root), list(process_tree(root))
+    if beside + sum(map(resident_bytes, pids)) <= limit:
         return False
-    total, until = inodes, time.monotonic() + _PSS_SECONDS
+    total, until = beside, time.monotonic() + _PSS_SECONDS
     for pid in pids:
         total += _proportional(pid)
         if total > limit or time.monotonic() > until:

@@ -84,11 +84,13 @@ _DENIED = {
 }
 _SPECIAL = {
     **{"socket": (41, 198), "socketpair": (53, 199), "clone": (56, 220), "clone3": (435, 435), "ioctl": (16, 29)},
-    **{"mmap": (9, 222)},
+    **{"mmap": (9, 222), "setsockopt": (54, 208)},
 }
 _NEWEST_REVIEWED = 462  # mseal; from 424 on both architectures share their numbers
 
-_SOCKET_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6: never AF_VSOCK, which reaches the hypervisor
+UNIX, INET, INET6 = 1, 2, 10
+"""Socket families. Never AF_VSOCK, which reaches the hypervisor."""
+_BUFFER_SIZES = (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF and their FORCE forms
 _NAMESPACE_FLAGS = 0x7E020000  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET}
 _TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
 _SHARED_ANONYMOUS = 0x21  # MAP_SHARED | MAP_ANONYMOUS: pages that stay while no process counts them
@@ -104,23 +106,27 @@ def supported() -> bool:
     return platform.machine() in _ARCHITECTURES
 
 
-def build_filter(machine: str | None = None, *, needed: Collection[str] = ()) -> bytes:
+def build_filter(
+    machine: str | None = None, *, needed: Collection[str] = (), families: Iterable[int] = (UNIX,)
+) -> bytes:
     """The filter as `struct sock_filter[]` for `bwrap --seccomp`. `needed` names calls, of those that are denied or
-    looked into, that are let through after all. Raises `KeyError` for an unknown architecture."""
+    looked into, that are let through after all; `families` are those of sockets. Memory behind INET's grows by itself to
+    10 MB a socket and counts for no process, so they are for those that need them. Raises `KeyError` for an unknown
+    architecture."""
     arch, column = _ARCHITECTURES[machine or platform.machine()]
     program = _guard_architecture(arch) + _deny_newer()
-    for name, body in _looked_into().items():
+    for name, body in _looked_into(families).items():
         program += _on(_SPECIAL[name][column], body) if name not in needed else []
     for number in sorted(row[column] for name, row in _DENIED.items() if row[column] and name not in needed):
         program += _on(number, [_fail(errno.EPERM)])
     return b"".join([*program, _ret(_ALLOW)])
 
 
-def _looked_into() -> dict[str, Program]:
-    families = _check_socket_family()
+def _looked_into(families: Iterable[int]) -> dict[str, Program]:
+    family = _check_socket_family(families)
     return {
         "mmap": _check_mmap(), "ioctl": _check_ioctl(), "clone": _check_clone(), "clone3": [_fail(errno.ENOSYS)],
-        "socket": families, "socketpair": families,
+        "socket": family, "socketpair": family, "setsockopt": _check_socket_option(),
     }  # fmt: skip
 
 
@@ -161,8 +167,14 @@ def _any_equal(values: Iterable[int], then: bytes, otherwise: bytes) -> Program:
     return [*tests, otherwise, then]
 
 
-def _check_socket_family() -> Program:
-    return [_argument(0), *_any_equal(_SOCKET_FAMILIES, _ret(_ALLOW), _fail(errno.EAFNOSUPPORT))]
+def _check_socket_family(families: Iterable[int]) -> Program:
+    return [_argument(0), *_any_equal(families, _ret(_ALLOW), _fail(errno.EAFNOSUPPORT))]
+
+
+def _check_socket_option() -> Program:
+    """What a socket may hold stays at the system's default (208 kB), by which the watchdog counts it."""
+    level = [_argument(1), _op(_JUMP_EQUAL, 1, 1, 0), _ret(_ALLOW)]
+    return [*level, _argument(2), *_any_equal(_BUFFER_SIZES, _fail(errno.EPERM), _ret(_ALLOW))]
 
 
 def _check_clone() -> Program:

@@ -41,15 +41,22 @@ def before() -> Left:
     return BEFORE
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One of the battery's own, so that what a row leaves in it can be told from others'."""
     tmp_path_factory.getbasetemp()  # stays where it is
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="attacks-", dir="/tmp") as name:
+    with tempfile.TemporaryDirectory(prefix="attacks-", dir="/tmp") as name:
         Path(name).chmod(0o711)  # the browser runs as another user
-        patch.setattr(tempfile, "tempdir", name)
-        patch.setenv("TMPDIR", name)
         yield Path(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_temporary_folder(temporary_folder: Path) -> Iterator[None]:
+    """The rows use it, and tests after them don't."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(temporary_folder))
+        patch.setenv("TMPDIR", str(temporary_folder))
+        yield
 
 
 @pytest.fixture

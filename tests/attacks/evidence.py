@@ -26,6 +26,7 @@ _LAYERS = (
     (r"(leads on through more than \d+ redirects)", "redirect limit: {0}"),
     (r"(ERR_[A-Z_]+)", "Chromium: {0}"),
     (r"(which is not shown)", "scheme rule on arrival: {0}"),
+    (r"(pages of private hosts lead nowhere else)", "origin rule of the browser: {0}"),
     (r"(can't be found)", "resolver: {0}"),
 )
 

@@ -223,10 +223,7 @@ async def test_in_its_own_process_it(trace: Path, held: Held, name: str) -> None
     held(f"own process, bounded frames: {whats(result)}")
 
 
-@pytest.mark.parametrize(
-    "own_session",
-    [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="only the process group is killed, and what began a session of its own stays"))],
-)  # fmt: skip
+@pytest.mark.parametrize("own_session", [False, True])
 async def test_in_its_own_process_it_hangs_with_what_it_started(trace: Path, held: Held, own_session: bool) -> None:
     mark = f"{30 + time.time() % 9:.6f}"
     result = await result_of(rogue_functions.hang, trace, {"mark": mark, "own_session": own_session})
@@ -248,7 +245,6 @@ def _read(path: Path) -> str:
 # Reaching further
 
 
-@pytest.mark.xfail(strict=True, reason="a call that is alone in its turn runs in the run's own task")
 async def test_it_cancels_the_task_that_called_it(trace: Path, held: Held) -> None:
     async def cancel() -> Output:
         task = asyncio.current_task()
@@ -317,16 +313,11 @@ ARGUMENTS: dict[str, str] = {
     "the same key twice": '{"text": "a", "text": "b"}',
     "nothing": "",
     "an array": "[1, 2]",
+    "a hundred thousand levels": '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",
 }
 
 
-DEEP = pytest.param(
-    '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", id="a hundred thousand levels",
-    marks=pytest.mark.xfail(strict=True, raises=RecursionError, reason="`ScriptedModel` reads arguments without a bound on depth"),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("raw", [*(pytest.param(raw, id=name) for name, raw in ARGUMENTS.items()), DEEP])
+@pytest.mark.parametrize("raw", ARGUMENTS.values(), ids=ARGUMENTS.keys())
 async def test_a_call_with_arguments_of(trace: Path, held: Held, raw: str) -> None:
     @tool(name="rogue")
     def takes(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -12,15 +13,22 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import anyio
 import pytest
+from thinkloop.tools import browser_session, proxy_relay
 from thinkloop.tools.browser import Browser
+from thinkloop.tools.browser_driver import MAX_MESSAGE, Messages
 from thinkloop.tools.browser_process import BrowserError, BrowserLimits, Settings, find_chromium, prepare
 from thinkloop.tools.browser_sandbox import check_machine
+from thinkloop.tools.proxy import Proxy
+from thinkloop.tools.proxy_wire import Wire
 from thinkloop.tools.sandbox_limits import process_tree
+from thinkloop.tools.search import Search
 from thinkloop.tools.tool import Output, Tool, ToolError, Toolset
 from thinkloop.tools.validate import check_schema
 from thinkloop.traces.events import ThinkloopError
@@ -50,6 +58,41 @@ def url(asked: list[str]) -> Iterator[str]:
 async def browser(url: str) -> AsyncIterator[Browser]:
     async with Browser(allow_hosts=[url.removeprefix("http://")], timeout=20) as toolset:
         yield toolset
+
+
+PUBLIC = "93.184.215.14"
+
+
+@pytest.fixture(scope="module")
+def public() -> Iterator[str]:
+    """A public site: served on loopback, but dialled by proxies under a public address."""
+    dial = proxy_relay.connect
+    with site() as address, pytest.MonkeyPatch.context() as patch:
+
+        async def connect(addresses: list[str], port: int, timeout: float) -> tuple[str, Wire]:
+            if addresses == [PUBLIC]:
+                addresses, port = ["127.0.0.1"], int(address.rpartition(":")[2])
+            return await dial(addresses, port, timeout)
+
+        patch.setattr(proxy_relay, "connect", connect)
+        yield "http://public.example"
+
+
+@pytest.fixture(scope="module")
+async def both(public: str, url: str) -> AsyncIterator[Browser]:
+    """A browser that may go to the private site, and for which every name is the public one's."""
+
+    async def resolver(host: str, port: int) -> list[str]:
+        return [PUBLIC]
+
+    toolset = Browser(allow_hosts=[url.removeprefix("http://")], timeout=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(browser_session, "Proxy", partial(Proxy, resolver=resolver))
+        await toolset.__aenter__()
+    try:
+        yield toolset
+    finally:
+        await toolset.__aexit__(None, None, None)
 
 
 async def call(browser: Browser, name: str, **arguments: Any) -> Output:
@@ -326,6 +369,44 @@ async def test_an_article_is_its_text_without_what_surrounds_it(browser: Browser
     assert "Imprint" not in output.content
 
 
+async def test_lines_of_an_article_can_be_cited_and_have_the_numbers_that_open_gives_them(
+    browser: Browser, url: str
+) -> None:
+    address = f"{url}/article"
+    shown = await call(browser, "open", url=address, form="article")
+    (cited,) = shown.record["lines"]
+    assert (shown.record["document"], cited[0]) == (address, 1)
+    assert shown.content.startswith(f"{address} — The dredging of Kestrel (lines 1-")
+    found = await call(browser, "find", text="Mark")
+    assert found.record["document"] == address
+    assert [line for first, last in found.record["lines"] for line in range(first, last + 1)] == shown_numbers(found)
+    assert len(found.record["lines"]) == 12  # not the lines between them
+    async with Search(pages=browser) as search:
+        (tool,) = (tool for tool in search.tools() if tool.name == "open")
+        opened = await tool.call({"id": address})
+    numbered = re.compile(r"^\d+: .*$", re.MULTILINE)
+    assert opened.record["document"] == address
+    assert set(numbered.findall(found.content)) <= set(numbered.findall(opened.content))
+
+
+async def test_lines_of_a_page_with_refs_are_no_lines_of_a_document(browser: Browser, url: str) -> None:
+    """They have other numbers after the next click."""
+    for output in (
+        await call(browser, "open", url=f"{url}/article"),
+        await call(browser, "find", text="Mark"),
+        await call(browser, "read", cursor=3),
+    ):
+        assert shown_numbers(output)
+        assert not {"document", "lines"} & output.record.keys()
+
+
+async def test_an_articles_list_of_links_is_not_citable(browser: Browser, url: str) -> None:
+    await call(browser, "open", url=f"{url}/article", form="article")
+    links = await call(browser, "find", text=f"{url}/table")
+    assert shown_numbers(links)
+    assert "lines" not in links.record
+
+
 async def test_a_pdf_is_text(browser: Browser, url: str) -> None:
     output = await call(browser, "open", url=f"{url}/tides.pdf#page=1")
     assert "High water at noon" in output.content
@@ -475,6 +556,23 @@ async def test_downloads_are_refused_unless_asked_for(browser: Browser, url: str
         assert [(file.name, file.data) for file in output.files] == [("tides.csv", b"tide,metres\nnoon,4\n")]
 
 
+async def test_kept_downloads_are_bounded_in_number_and_in_sum(url: str) -> None:
+    async with Browser(allow_hosts=[url.removeprefix("http://")], downloads=True) as browser:
+        for count, megabytes, kept, reason in [
+            (12, 0.01, 8, "at most 8 are kept"),
+            (4, 20, 3, "more than 60 MB together"),
+        ]:
+            page = await call(browser, "open", url=f"{url}/downloads?n={count}&mb={megabytes}")
+            first = await call(browser, "click", ref=ref(page, "All"))
+            assert browser._tab
+            with anyio.fail_after(10):
+                while browser._tab.events.downloading:
+                    await anyio.sleep(0.02)
+            second = await call(browser, "open", url=f"{url}/table")
+            assert reason in first.content + second.content
+            assert max(len(first.files), len(second.files)) <= kept
+
+
 # Where it doesn't go
 
 
@@ -570,6 +668,74 @@ async def test_a_link_to_a_refused_host_leads_back(browser: Browser, url: str) -
     assert "# Reach by link" in output.content
 
 
+@pytest.mark.parametrize(
+    "means",
+    [
+        "iframe", "image", "style", "script", "fetch", "post", "websocket", "events", "beacon", "worker", "prefetch", "open",
+        "link", "form", "refresh", "script-location",
+    ],
+)  # fmt: skip
+async def test_a_public_page_cant_reach_the_private_host_that_is_allowed(
+    both: Browser, public: str, url: str, asked: list[str], means: str
+) -> None:
+    start = {"url": f"{public}/reach?by={means}&url={url}/secret-{means}"}
+    if means in ("refresh", "script-location"):
+        assert "pages of other sites may not reach this host" in await told(both, "open", **start)
+    else:
+        page = await call(both, "open", **start)
+        assert "REACHED" not in page.content
+        if means in ("open", "link", "form"):
+            page = await call(both, "click", ref=ref(page, "Go"))
+        if means == "link":
+            assert "pages of other sites may not reach this host; browser_open may" in page.content
+    await anyio.sleep(0.05)
+    assert f"/secret-{means}" not in asked
+
+
+async def test_a_public_redirect_leads_to_no_allowed_private_host_unless_the_model_asks_for_it(
+    both: Browser, public: str, url: str, asked: list[str]
+) -> None:
+    assert "browser_open may" in await told(both, "open", url=f"{public}/to?url={url}/secret-redirect")
+    with pytest.raises(ToolError, match="browser_open may"):
+        await both.document(f"{public}/to?url={url}/secret-redirect")
+    assert "/secret-redirect" not in asked
+    assert "# Kestrel harbour" in (await call(both, "open", url=url)).content
+    assert "# Kestrel harbour" in (await call(both, "open", url=public)).content
+    assert "# Kestrel harbour" in (await call(both, "open", url=url)).content
+
+
+@pytest.mark.parametrize("means", ["link", "to", "script-location", "iframe", "popup-post"])
+async def test_a_public_page_doesnt_run_with_the_rights_of_a_private_one(
+    both: Browser, public: str, url: str, asked: list[str], means: str
+) -> None:
+    """Which it would if it was shown where a private page leads to it."""
+    hostile = f"{public}/reach%3Fby%3Dpost%26url%3D{url}/secret-{means}"
+    if means == "to":
+        assert "lead nowhere else; open it with browser_open" in await told(both, "open", url=f"{url}/to?url={hostile}")
+    elif means == "script-location":
+        start = f"{url}/reach?by={means}&url={hostile}"
+        assert "lead nowhere else; open it with browser_open" in await told(both, "open", url=start)
+    else:
+        start = (
+            f"{url}/reach?by={means}&url={url}/secret-{means}"
+            if "popup" in means
+            else f"{url}/reach?by={means}&url={hostile}"
+        )
+        output = await call(both, "open", url=start)
+        if means != "iframe":
+            output = await call(both, "click", ref=ref(output, "Go"))
+        if means == "link":
+            assert "lead nowhere else; open it with browser_open" in output.content
+            assert "# Reach by link" in output.content
+    await anyio.sleep(0.3)
+    assert f"/secret-{means}" not in asked
+
+
+async def test_a_private_page_may_use_public_scripts(both: Browser, public: str, url: str) -> None:
+    output = await call(both, "open", url=f"{url}/reach?by=script&url={public}/worker.js")
+    assert f"{public}/worker.js" in [row["url"] for row in output.record["responses"] if row["status"] == 200]
+
+
 async def test_service_workers_dont_start(browser: Browser, url: str, asked: list[str]) -> None:
     await call(browser, "open", url=f"{url}/reach?by=service-worker&url={url}")
     assert "/worker.js" not in asked
@@ -622,6 +788,125 @@ async def test_a_page_that_eats_memory_is_stopped(url: str) -> None:
         page = await call(browser, "open", url=f"{url}/greedy")
         assert "more than 768 MB of memory" in await told(browser, "click", ref=ref(page, "Eat"))
         assert "# Kestrel harbour" in (await call(browser, "open", url=url)).content
+
+
+THROW = "throw new Error('x'.repeat({}))"
+FLOODS = {
+    "an error": (THROW.format("1.5e7"), "at most 24 MB are taken"),
+    "a huge error": (THROW.format("1e8"), "at most 24 MB are taken|over 600 MB of memory"),
+    "many errors": (
+        f"for (let i = 0; i < 20; i++) setTimeout(() => {{ {THROW.format('6e6')} }})",
+        "of more than 96 MB within seconds|over 600 MB of memory",
+    ),
+    "bodies of requests": (
+        "for (let i = 0; i < 20; i++) fetch('/x', {method: 'POST', body: 'x'.repeat(2e7)}).catch(() => 0)",
+        "at most 24 MB are taken|over 600 MB of memory",
+    ),
+    "logs": (
+        "for (let i = 0; i < 40; i++) setTimeout(() => console.log('x'.repeat(3e7) + i))",
+        "over 600 MB of memory",
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "why"), FLOODS.values(), ids=FLOODS.keys())
+async def test_what_a_page_floods_us_with_while_nobody_looks_ends_the_browser_and_not_us(
+    browser: Browser, url: str, code: str, why: str
+) -> None:
+    await call(browser, "open", url=url)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    before = int(status(os.getpid())["VmHWM"].split()[0])
+    await call(browser, "open", url=f"{url}/run?wait=500&code={quote(code)}")
+    longest = 0.0
+    with anyio.fail_after(60):
+        while not browser._session.lost:
+            started = time.monotonic()
+            await anyio.sleep(0.01)
+            longest = max(longest, time.monotonic() - started)
+    assert longest < 1.5
+    assert int(status(os.getpid())["VmHWM"].split()[0]) - before < 150_000  # kB
+    assert re.search(f"was lost: .*({why})", await told(browser, "read", cursor=1))
+    assert "# Kestrel harbour" in (await call(browser, "open", url=url)).content
+
+
+@pytest.mark.parametrize(("sizes", "read"), [([5, MAX_MESSAGE + 1], 1), ([4] * 9, 9), ([MAX_MESSAGE] * 9, 4)])
+async def test_the_drivers_messages_are_bounded_in_size_and_rate(sizes: list[int], read: int) -> None:
+    ends: list[str] = []
+    stream = asyncio.StreamReader(limit=1 << 16)
+    messages = Messages(stream, ends.append)
+    whole = 0
+    for size in sizes:
+        stream.feed_data(size.to_bytes(4, "little"))
+        try:
+            assert int.from_bytes(await messages.readexactly(4), "little") == size
+        except asyncio.IncompleteReadError:
+            break
+        stream.feed_data(bytes(size))
+        assert len(await messages.readexactly(size)) == size
+        whole += 1
+    assert whole == read
+    assert len(ends) == (read < len(sizes))
+    stream.feed_data(b"the rest")
+    stream.feed_eof()
+    assert await messages.read() == b""
+
+
+EACH = "for (i = 0; i < 15; i++) {{ const e = document.createElement('{}'); e.{} = 'x'.repeat(1e5); document.body.append(e) }}"
+HUGE = {
+    "addresses": EACH.format("a", "textContent = i; e.href"),
+    "labels": EACH.format("button", "ariaLabel"),
+    "values": EACH.format("textarea", "value"),
+    "shadows": "document.querySelector('p').attachShadow({mode: 'open'}).append('x'.repeat(2e6))",
+    "frames": "const f = document.createElement('iframe'); document.body.append(f);"
+    "f.contentDocument.body.append('x'.repeat(2e6))",
+}
+
+
+@pytest.mark.parametrize("code", HUGE.values(), ids=HUGE.keys())
+async def test_what_would_make_a_snapshot_huge_is_counted_before_it(browser: Browser, url: str, code: str) -> None:
+    output = await call(browser, "open", url=f"{url}/run?code={quote(code)}")
+    assert "too large or too deep for refs" in output.content
+    assert not browser._session.lost
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "document.title = 'x'.repeat(3e7)",
+        "document.getElementsByTagName = () => ({length: 'x'}); document.createTreeWalker = () => { throw 7 }",
+        "Object.defineProperty(document, 'title', {get: () => 7}); Array.prototype.join = () => 'x'.repeat(3e7)",
+        "document.body.innerHTML += '<img name=title><img name=createTreeWalker><form>Here<input name=attributes></form>'",
+    ],
+)
+async def test_what_a_page_names_or_replaces_changes_nothing_for_us(browser: Browser, url: str, code: str) -> None:
+    output = await call(browser, "open", url=f"{url}/run?code={quote(code)}")
+    assert "Here" in output.content
+    assert len(output.content) < 1500
+
+
+async def test_after_the_end_of_the_driver_the_next_call_works(browser: Browser, url: str) -> None:
+    await call(browser, "open", url=url)
+    assert browser._session._chromium
+    driver = browser._session._chromium.processes.driver
+    os.kill(driver, signal.SIGKILL)
+    assert await gone([driver])
+    assert "driver ended unexpectedly" in await told(browser, "back")
+    assert "# Kestrel harbour" in (await call(browser, "open", url=url)).content
+
+
+async def test_pages_read_beside_calls_are_not_closed_by_them(browser: Browser, url: str) -> None:
+    await call(browser, "open", url=url)
+    read: list[str] = []
+
+    async def document() -> None:
+        read.append((await browser.document(f"{url}/table"))[1])
+
+    async with anyio.create_task_group() as group:
+        for _ in range(8):
+            group.start_soon(document)
+            await call(browser, "read", cursor=1)
+            await call(browser, "find", text="harbour")
+    assert read == ["Cranes"] * 8
 
 
 async def test_a_redirect_loop_ends(browser: Browser, url: str) -> None:
