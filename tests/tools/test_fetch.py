@@ -51,17 +51,15 @@ async def failure(data: bytes, kind: type[ToolError] = ToolError, **options: obj
 
 
 async def test_a_page_from_an_ipv6_address() -> None:
-    async with serving(fixed(response(b"hello", "text/plain")), host="::1") as server:
-        async with Fetcher(Policy.of([f"[::1]:{server.port}"])) as fetcher:
-            await _from_ipv6(fetcher, server)
-
-
-async def _from_ipv6(fetcher: Fetcher, server: Server) -> None:
-    page = await fetcher.get(f"http://[::1]:{server.port}/x")
-    assert (page.body, page.final_url) == (b"hello", f"http://[::1]:{server.port}/x")
-    for url in (f"http://[::1]:{server.port + 1}/", "http://[fd00::1]/", "https://[::1]/"):
-        with pytest.raises(ToolError, match=r"is refused: the address is (loopback|private), not public"):
-            await fetcher.get(url)
+    async with (
+        serving(fixed(response(b"hello", "text/plain")), host="::1") as server,
+        Fetcher(Policy.of([f"[::1]:{server.port}"])) as fetcher,
+    ):
+        page = await fetcher.get(f"http://[::1]:{server.port}/x")
+        assert (page.body, page.final_url) == (b"hello", f"http://[::1]:{server.port}/x")
+        for url in (f"http://[::1]:{server.port + 1}/", "http://[fd00::1]/", "https://[::1]/"):
+            with pytest.raises(ToolError, match=r"is refused: the address is (loopback|private), not public"):
+                await fetcher.get(url)
 
 
 async def test_a_page_with_its_facts() -> None:
