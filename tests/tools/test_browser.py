@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -524,11 +525,13 @@ async def test_dialogs_are_dismissed_and_reported(browser: Browser, url: str) ->
         assert f"1: {left}" in output.content
 
 
-async def test_pop_ups_become_links(browser: Browser, url: str) -> None:
+async def test_pop_ups_become_links_and_load_nothing(browser: Browser, url: str, asked: list[str]) -> None:
     page = await call(browser, "open", url=f"{url}/popup")
+    before = len(asked)
     for label, target in [("Cranes in a new tab", "/table"), ("Open the article", "/article")]:
         output = await call(browser, "click", ref=ref(page, label))
         assert f"a pop-up to {url}{target} was not opened; open it with browser_open" in output.content
+    assert not {"/table", "/article"} & set(asked[before:])
     assert [len(context.pages) for context in browser._session._contexts.values()].count(1) == 1
 
 
@@ -680,7 +683,9 @@ async def test_a_public_page_cant_reach_the_private_host_that_is_allowed(
 ) -> None:
     start = {"url": f"{public}/reach?by={means}&url={url}/secret-{means}"}
     if means in ("refresh", "script-location"):
-        assert "pages of other sites may not reach this host" in await told(both, "open", **start)
+        with suppress(ToolError):  # or the page is shown as it was before it left for the private host
+            await call(both, "open", **start)
+        await anyio.sleep(0.2)
     else:
         page = await call(both, "open", **start)
         assert "REACHED" not in page.content
@@ -873,8 +878,8 @@ async def test_what_would_make_a_snapshot_huge_is_counted_before_it(browser: Bro
     "code",
     [
         "document.title = 'x'.repeat(3e7)",
-        "document.getElementsByTagName = () => ({length: 'x'}); document.createTreeWalker = () => { throw 7 }",
-        "Object.defineProperty(document, 'title', {get: () => 7}); Array.prototype.join = () => 'x'.repeat(3e7)",
+        "document.getElementsByTagName = () => ({length: 'x'}); Document.prototype.createTreeWalker = () => { throw 7 }",
+        "Object.defineProperty(document, 'title', {get: () => 7}); String.prototype.slice = () => 'x'.repeat(3e7)",
         "document.body.innerHTML += '<img name=title><img name=createTreeWalker><form>Here<input name=attributes></form>'",
     ],
 )
@@ -904,8 +909,9 @@ async def test_pages_read_beside_calls_are_not_closed_by_them(browser: Browser, 
     async with anyio.create_task_group() as group:
         for _ in range(8):
             group.start_soon(document)
-            await call(browser, "read", cursor=1)
+        while len(read) < 8:
             await call(browser, "find", text="harbour")
+            await anyio.sleep(0)
     assert read == ["Cranes"] * 8
 
 
