@@ -814,7 +814,13 @@ FLOODS = {
 }
 
 
-@pytest.mark.parametrize(("code", "why"), FLOODS.values(), ids=FLOODS.keys())
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        pytest.param(*flood, id=name, marks=[] if name == "a huge error" else pytest.mark.slow)
+        for name, flood in FLOODS.items()
+    ],
+)
 async def test_what_a_page_floods_us_with_while_nobody_looks_ends_the_browser_and_not_us(
     browser: Browser, url: str, code: str, why: str
 ) -> None:
