@@ -239,6 +239,8 @@ class Scheduler:
             except BaseException as error:
                 refused.append(_Refused(job, error, long))
                 continue
+            if not ids:  # cancelled while room was made for it
+                continue
             reading = reading or long
             batch.append((job, ids))
             served.append(job)
