@@ -191,11 +191,12 @@ class Scheduler:
         batch = self._batch()
         if not batch:
             return
+        rows = sum(len(ids) for _, ids in batch)  # before jobs take them off their lists
         started, long = perf_counter(), [job for job, ids in batch if len(ids) > _FEW]
         for job, _ in batch if long else ():
             job.flush()
         try:
-            torch.set_num_threads(self._threads[sum(len(ids) for _, ids in batch) > _NARROW])
+            torch.set_num_threads(self._threads[rows > _NARROW])
             segments = [Segment(job.cache, ids, every=len(ids) <= _FEW) for job, ids in batch]
             results = self._model.forward(segments)
         except BaseException as error:  # everyone's state is whole: lengths move only after the pass
@@ -211,7 +212,7 @@ class Scheduler:
             self.cost.sequences = len(batch)
             if results[0].is_cuda:  # choosing tokens has waited for the device, the pass alone has not
                 took = perf_counter() - started
-            self.cost.learn(sum(len(ids) for _, ids in batch), took)
+            self.cost.learn(rows, took)
 
     def _drop(self, jobs: Sequence[Job], error: BaseException) -> None:
         for job in jobs:
