@@ -64,10 +64,8 @@ class Fetched:
 class _Question:
     """What is asked, and what of the answer is wanted."""
 
-    method: str
     headers: Mapping[str, str]
     accept: tuple[str, ...]
-    content: bytes | None = None
 
 
 class Fetcher:
@@ -129,19 +127,10 @@ class Fetcher:
         if key and (kept := self._cache.get(key)):
             return kept
         wanted = ", ".join(accept) if len(accept) < 4 else "text/html, text/*;q=0.9, */*;q=0.5"
-        question = _Question("GET", {"Accept": wanted, **(headers or {})}, accept)
+        question = _Question({"Accept": wanted, **(headers or {})}, accept)
         fetched, storable = await self._fetch(url, question)
         if key and storable:
             self._cache.put(key, fetched)
-        return fetched
-
-    async def post_json(self, url: str, payload: Any, headers: Mapping[str, str] | None = None) -> Fetched:
-        """The answer to a JSON body. Redirects aren't followed: the headers may hold a key. Raises as `get` does."""
-        import json
-
-        content = json.dumps(payload, allow_nan=False).encode()
-        sent = {"Accept": "application/json", **(headers or {}), "Content-Type": "application/json"}
-        fetched, _ = await self._fetch(url, _Question("POST", sent, TEXT_LIKE, content))
         return fetched
 
     def record(self, fetched: Fetched) -> Json:
@@ -191,7 +180,7 @@ class Fetcher:
                     return await self._read(response, url, place, question, tuple(hops), started)
                 cookies.extract_cookies(response)
                 target = _target(place.url, response.headers["location"])
-            self._check_redirect(question, place.url, target, hops)
+            self._check_redirect(place.url, hops)
             place = parse_url(target)
             hops.append(place.url)
 
@@ -202,15 +191,11 @@ class Fetcher:
         sent = {**headers, **(question.headers if is_origin else {})}
         extensions = {"timeout": httpx.Timeout(self._timeout).as_dict()}
         try:
-            return httpx.Request(
-                question.method, place.url, headers=sent, content=question.content, extensions=extensions
-            )
+            return httpx.Request("GET", place.url, headers=sent, extensions=extensions)
         except (httpx.InvalidURL, ValueError, TypeError) as error:
             raise ToolError(f"{_shown(place.url)} can't be asked for: {error}.") from error
 
-    def _check_redirect(self, question: _Question, source: str, target: str, hops: list[str]) -> None:
-        if question.method != "GET":
-            raise ToolError(f"{_shown(source)} redirects to {_shown(target)}; use that URL.")
+    def _check_redirect(self, source: str, hops: list[str]) -> None:
         if len(hops) < self._max_redirects:
             return
         if len(set(hops)) < len(hops):

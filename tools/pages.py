@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Protocol, Self, runtime_checkable
 
+from thinkloop.tools.call_record import remember
+
 
 @runtime_checkable
 class Pages(Protocol):
@@ -43,6 +45,7 @@ class WebPages:
     async def document(self, url: str) -> tuple[str, str, tuple[str, ...]]:
         """The final URL, title and lines; a last line in brackets says what was cut. Raises `ToolError`."""
         fetched = await self._fetcher.get(url)
+        remember(response=self._fetcher.record(fetched))
         page = await self._extractor.extract(
             fetched.body, fetched.media_type, url=fetched.final_url, charset=fetched.charset
         )

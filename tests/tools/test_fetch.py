@@ -7,7 +7,6 @@ import datetime
 import gzip
 import hashlib
 import ipaddress
-import json
 import ssl
 import zlib
 from collections.abc import AsyncIterator, Callable
@@ -566,28 +565,6 @@ async def test_a_page_is_fetched_once() -> None:
         await fetcher.get(f"{server.url}", accept=("text/*",))  # the third entry: the oldest goes
         await fetcher.get(server.url)
         assert len(server.heads) == 9
-
-
-async def test_json_is_posted() -> None:
-    async def echo(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-        writer.write(response(await reader.readexactly(length), "application/json"))
-
-    async with serving(echo) as server, fetching(server) as fetcher:
-        answer = await fetcher.post_json(server.url, {"query": "müsli"}, {"X-API-Key": "key"})
-        assert json.loads(answer.body) == {"query": "müsli"}
-        assert b"X-API-Key: key" in server.heads[0]
-        assert server.heads[0].startswith(b"POST / ")
-        with pytest.raises(AddressError):
-            await fetcher.post_json("http://10.0.0.1/", {})
-
-
-async def test_a_post_follows_no_redirect() -> None:
-    async with serving(fixed(response(b"other"))) as other, serving(fixed(redirect(other.url))) as server:
-        async with fetching(server, other) as fetcher:
-            with pytest.raises(ToolError, match="redirects to"):
-                await fetcher.post_json(server.url, {}, {"X-API-Key": "key"})
-        assert other.heads == []
 
 
 async def test_the_environment_does_not_reroute_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,13 @@ def refused(name: str) -> str:
 )
 def test_functions_tools_and_whole_modules_are_found_in_the_current_folder(name: str, found: list[str]) -> None:
     assert names(*load_tools(name)) == found
+
+
+def test_files_beside_a_tool_take_no_librarys_place(folder: Path) -> None:
+    (folder / "colorsys.py").write_text("raise SystemExit('mine')")
+    sys.modules.pop("colorsys", None)
+    load_tools("./my_tools.py")
+    assert importlib.import_module("colorsys").__file__ != str(folder / "colorsys.py")
 
 
 def test_plain_functions_become_tools_and_others_stay_what_they_are() -> None:

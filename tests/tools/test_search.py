@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
+from thinkloop.tools.call_record import recording
 from thinkloop.tools.corpus import Corpus, CorpusError, Document, Hit
 from thinkloop.tools.pages import WebPages
 from thinkloop.tools.search import Search, format_hits, merge, show_page
@@ -444,7 +445,11 @@ async def test_a_web_page_is_read_with_line_numbers(server: SearchServer) -> Non
     host = f"127.0.0.1:{server.port}"
     url = f"http://{host}/bergen"
     async with Search(SearXNG(server.url), pages=WebPages(allow_hosts=[host])) as search:
-        page = await call(search, "open", id=url)
+        with recording() as facts:
+            page = await call(search, "open", id=url)
+        assert {name: facts["response"][name] for name in ("final_url", "status", "truncated")} == {
+            "final_url": url, "status": 200, "truncated": False,
+        }  # fmt: skip
         assert page.content.startswith(f"{url}: Bergen (")
         number = next(row for row in page.content.split("\n") if "Pier 4 of the harbour" in row).partition(":")[0]
         found = await call(search, "open", id=url, find="Pier 4")
