@@ -17,7 +17,7 @@ from thinkloop.agent.context import Context
 from thinkloop.agent.limits import Limits
 from thinkloop.agent.loop import Listener, Loop
 from thinkloop.agent.model import Model
-from thinkloop.agent.named import Device, Local, Progress, is_url, open_model
+from thinkloop.agent.named import Announce, Device, KvDtype, Local, Progress, is_url, open_model
 from thinkloop.agent.results import with_paging
 from thinkloop.agent.stream import EventStream
 from thinkloop.engine.params import Sampling
@@ -55,11 +55,13 @@ class Agent:
     `model` is `"mini"`, a checkpoint folder, the URL of an OpenAI-compatible server, or any `Model`; one that is
     named is loaded for the first task and kept until `aclose`. `tools` are tools, toolsets, or functions decorated
     with `@tool`. `sampling` and `seed` are how a named model samples; what neither of them sets stays as the checkpoint
-    or the server has it, and a model in this process draws with seed 0. `device` is where such a model runs, `context`
-    the most tokens of its window (None: all it has). It writes its calls under a grammar where the `grammar` extra is
+    or the server has it, and a model in this process draws with seed 0. `device` is where such a model runs, `kv_dtype`
+    what its cache holds ("fp8" packs rows into 8 bits, on "cuda"), `context` the most tokens of its window (None: all it
+    has). It writes its calls under a grammar where the `grammar` extra is
     installed, unless `grammar` is False. `response_format` (OpenAI's `json_object` or `json_schema`) is the form of the
     answer; `forbid_repeats` keeps such a grammar from writing a call of the last three steps again. `progress` is
-    called, from another thread, while a named model is loaded. `trace` is the folder for the trace of a run (one that
+    called, from another thread, while a named model is loaded, `announce` before that with a line that says how a CUDA
+    device's memory is shared out. `trace` is the folder for the trace of a run (one that
     holds none yet), None for a new one under `runs/`, False for no trace.
 
     Raises `ThinkloopError` for a model, tool or option that can't be used.
@@ -77,11 +79,13 @@ class Agent:
         trace: str | Path | Literal[False] | None = None,
         model_name: str | None = None,
         device: Device = "cpu",
+        kv_dtype: KvDtype = "bf16",
         context: int | None = None,
         grammar: bool = True,
         response_format: Json | None = None,
         forbid_repeats: bool = False,
         progress: Progress | None = None,
+        announce: Announce | None = None,
     ) -> None:
         self._tools = [_checked_tool(tool) for tool in tools]
         self._limits = limits or Limits()
@@ -90,7 +94,9 @@ class Agent:
         self._sampling = sampling or Sampling(seed=seed)
         self._system, self._trace = system, trace
         self._response_format, self._forbid_repeats = response_format, forbid_repeats
-        local = Local(device=device, context=context, grammar=grammar, progress=progress)
+        local = Local(
+            device=device, kv_dtype=kv_dtype, context=context, grammar=grammar, progress=progress, announce=announce
+        )
         self._open = _opener(model, sampling, seed, model_name, local)
         self._model: Model | None = None if isinstance(model, str | Path) else model
         self._owned = self._model is None

@@ -15,6 +15,7 @@ from thinkloop.agent.doctor import Finding, available_memory
 from thinkloop.engine.checkpoint import Checkpoint, CheckpointError, read_index
 from thinkloop.engine.config import ConfigError, ModelConfig
 from thinkloop.engine.footprint import active_parameters, cache_bytes, default_dtype, parameters, weight_bytes
+from thinkloop.kernels.kv_rows import GROUP
 
 _FORMS = {
     "none": "floating point",
@@ -32,6 +33,8 @@ class _Place(NamedTuple):
     dtype: torch.dtype
     weights: int
     cache_per_token: int
+    packed: int | None = None
+    """Bytes of cache a token where rows can be packed (`--kv-dtype fp8`)."""
 
 
 def examine_checkpoint(folder: Path) -> Iterator[Finding]:
@@ -117,14 +120,17 @@ def _memories(config: ModelConfig) -> Iterator[_Place]:
 
 
 def _place(name: str, free: int, config: ModelConfig, dtype: torch.dtype) -> _Place:
-    return _Place(name, free, dtype, weight_bytes(config, dtype), cache_bytes(config, dtype))
+    packs = name != "cpu" and dtype == torch.bfloat16 and config.kv_lora_rank % GROUP == 0
+    packed = cache_bytes(config, dtype, "fp8") if packs else None
+    return _Place(name, free, dtype, weight_bytes(config, dtype), cache_bytes(config, dtype), packed)
 
 
 def _fit(place: _Place, config: ModelConfig, somewhere: bool) -> Finding:
     window = config.max_position_embeddings
     cache = place.cache_per_token * window
+    packed = "" if place.packed is None else f" ({_bytes(place.packed * window)} with --kv-dtype fp8)"
     need = (f"{_bytes(place.weights)} of weights in {str(place.dtype).removeprefix('torch.')}, {place.cache_per_token:,} "
-            f"bytes of cache a token, {_bytes(cache)} for a whole window; {_bytes(place.free)} free")  # fmt: skip
+            f"bytes of cache a token, {_bytes(cache)} for a whole window{packed}; {_bytes(place.free)} free")  # fmt: skip
     if place.weights + cache <= place.free:
         return Finding(place.name, "ok", f"fits: {need}")
     if place.weights <= place.free:

@@ -83,19 +83,23 @@ class EngineModel:
         sampling: Sampling | None = None,
         seed: int = 0,
         device: Literal["cpu", "cuda"] = "cpu",
+        kv_dtype: Literal["bf16", "fp8"] = "bf16",
         context: int | None = None,
         grammar: bool = True,
         progress: Callable[[int, int], None] | None = None,
+        announce: Callable[[str], None] | None = None,
     ) -> EngineModel:
-        """The model of a checkpoint folder, or the one that ships with thinkloop for "mini", on `device` and with a window of
-        at most `context` tokens. Takes seconds or more;
-        `progress` is called with the bytes read so far and in all.
+        """The model of a checkpoint folder, or the one that ships with thinkloop for "mini", on `device`, with a cache in
+        `kv_dtype` and a window of at most `context` tokens. Takes seconds or more; `progress` is called with the bytes read
+        so far and in all, `announce` on CUDA with one line before, how the device's memory is shared out.
 
         Raises `ThinkloopError` for a folder that can't be loaded.
         """
         from thinkloop.engine.engine import Engine
 
-        engine = Engine.load(folder, device=device, context=context, progress=progress)
+        engine = Engine.load(
+            folder, device=device, kv_dtype=kv_dtype, context=context, progress=progress, announce=announce
+        )
         try:
             tokenizer, settings = Tokenizer.load(engine.folder), ModelSettings.load(engine.folder)
             model = cls(
@@ -135,7 +139,8 @@ class EngineModel:
         return self._settings.context_policy
 
     def describe(self) -> Json:
-        """Name, kind, hashes of weights, tokenizer and template, device, dtype, window, sampling and seed."""
+        """Name, kind, hashes of weights, tokenizer and template, device, dtype, cache, window, sampling and
+        seed."""
         return {
             **self._engine.describe(),
             "name": self._name,

@@ -13,8 +13,11 @@ from thinkloop.traces.events import ThinkloopError
 
 MINI = "mini"
 Device = Literal["cpu", "cuda"]
+KvDtype = Literal["bf16", "fp8"]
 Progress = Callable[[int, int], None]
 """Called with the bytes of a checkpoint read so far, and in all."""
+Announce = Callable[[str], None]
+"""Called with a line about what is to be loaded."""
 
 
 def is_url(name: str) -> bool:
@@ -27,9 +30,11 @@ class Local:
     """How a model in this process is loaded."""
 
     device: Device = "cpu"
+    kv_dtype: KvDtype = "bf16"
     context: int | None = None
     grammar: bool = True
     progress: Progress | None = None
+    announce: Announce | None = None
 
 
 def open_model(
@@ -40,8 +45,10 @@ def open_model(
     if is_url(name):
         if not model_name:
             raise ThinkloopError(f"Which model of {name}? A server needs its name: `model_name=` (--model-name NAME).")
-        if local.device != "cpu" or local.context is not None:
-            raise ThinkloopError(f"`device` and `context` are for a model in this process; {name} is a server.")
+        if local.device != "cpu" or local.kv_dtype != "bf16" or local.context is not None:
+            raise ThinkloopError(
+                f"`device`, `kv_dtype` and `context` are for a model in this process; {name} is a server."
+            )
         return lambda: _remote(name, sampling, seed, model_name)
     if model_name is not None:
         raise ThinkloopError(f"`model_name` is for a server given by URL; {name!r} is not a URL.")
@@ -57,8 +64,8 @@ def _engine(name: str, sampling: Sampling | None, seed: int | None, local: Local
     from thinkloop.agent.engine_model import EngineModel  # brings torch: only a run needs it
 
     return EngineModel.load(
-        name, sampling=sampling, seed=seed or 0, device=local.device, context=local.context, grammar=local.grammar,
-        progress=local.progress,
+        name, sampling=sampling, seed=seed or 0, device=local.device, kv_dtype=local.kv_dtype, context=local.context,
+        grammar=local.grammar, progress=local.progress, announce=local.announce,
     )  # fmt: skip
 
 

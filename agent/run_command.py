@@ -44,6 +44,7 @@ class Request:
     seed: int | None = None
     temperature: float | None = None
     device: Literal["cpu", "cuda"] = "cpu"
+    kv_dtype: Literal["bf16", "fp8"] = "bf16"
     context: int | None = None
     grammar: bool = True
     trace: Path | None = None
@@ -121,9 +122,14 @@ def _agent(request: Request, folder: Path) -> Agent:
     return Agent(
         request.model, open_toolsets(request.tools, _sample_world(request)), limits=limits,
         seed=request.seed, sampling=sampling, trace=folder,
-        model_name=request.model_name, device=request.device, context=request.context, grammar=request.grammar,
-        progress=_loading if request.output == "screen" else None,
+        model_name=request.model_name, device=request.device, kv_dtype=request.kv_dtype, context=request.context,
+        grammar=request.grammar, progress=_loading if request.output == "screen" else None,
+        announce=_announce if request.output == "screen" else None,
     )  # fmt: skip
+
+
+def _announce(line: str) -> None:
+    print(clean(line), file=sys.stderr, flush=True)
 
 
 def _loading(done: int, total: int) -> None:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from thinkloop.engine.checkpoint import Checkpoint
 from thinkloop.engine.config import ModelConfig
-from thinkloop.engine.device import Device, cache_size, choose_backend, find_device
-from thinkloop.engine.engine import MINI, Engine
+from thinkloop.engine.device import Device, choose_backend, find_device, plan_device
+from thinkloop.engine.engine import MINI, Engine, default_chunk
 from thinkloop.engine.footprint import active_parameters, weight_bytes
 from thinkloop.engine.generation import GenerationStats
 from thinkloop.engine.kv_cache import BlockPool
@@ -107,12 +107,14 @@ def open_engine(model: str, device: Device = "cpu") -> Engine:
     # and the engine's thread would wait for them to wake (a token 40 instead of 35 ms).
     with ThreadPoolExecutor(1) as thread:
         transformer, pool = thread.submit(_made_up, MADE_UP[model], device).result()
-    return Engine(Path(model), transformer.config, transformer, "random", pool, share_prefixes=False)
+    config, chunk = transformer.config, default_chunk(device)
+    return Engine(Path(model), config, transformer, "random", pool, prefill_chunk=chunk, share_prefixes=False)
 
 
 def _made_up(data: dict[str, Any], name: Device) -> tuple[Transformer, BlockPool]:
     config, device, dtype = ModelConfig.from_json(data), find_device(name), torch.bfloat16
-    tokens = cache_size(config.max_position_embeddings, config, dtype, device)
+    tokens = config.max_position_embeddings
+    plan_device(tokens, config, dtype, device)  # which refuses what doesn't fit
     pool, backend = BlockPool(config, tokens, dtype, device), choose_backend(device, dtype)
     weights = load_weights(RandomTensors(config, device=device), dtype, device, backend=backend)
     return Transformer(config, weights), pool

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from thinkloop.engine.config import ModelConfig
 from thinkloop.engine.footprint import cache_bytes, default_dtype, weight_bytes
+from thinkloop.engine.kv_cache import row_format
+from thinkloop.kernels.kv_rows import GROUP, KvDtype
 from thinkloop.traces.events import ThinkloopError
 
 Device = Literal["cpu", "cuda"]
@@ -23,6 +25,10 @@ Backend = Literal["torch", "triton"]
 
 OLDEST = (8, 0)
 """Compute capability from which there are bfloat16 tensor cores: A100 and later."""
+_PACKED = (9, 0)
+"""From which the kernels read packed cache rows: H100 and later convert e4m3."""
+ROW_NAMES = {torch.uint8: "fp8", torch.bfloat16: "bf16", torch.float32: "float32"}
+"""What cache rows are called, by the type of their elements."""
 _TRITON = (3, 4)
 _RESERVE = 1 << 30
 """Bytes of a device left alone: the driver's context, libraries' workspaces, compiled kernels."""
@@ -40,18 +46,20 @@ class EngineError(ThinkloopError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of a device, and what they are for. `cache_tokens` is what the cache holds, all sessions together."""
+    """Bytes of a device, and what they are for. `cache_tokens` is what the cache holds, all sessions together, in rows that
+    `ROW_NAMES` calls `kv_dtype`."""
 
     free: int
     weights: int
     workspace: int
     cache: int
     cache_tokens: int
+    kv_dtype: str
 
     def __str__(self) -> str:
         return (
             f"{_gb(self.weights)} of weights, {_gb(self.workspace)} for steps, {_gb(self.cache)} of cache for"
-            f" {self.cache_tokens:,} tokens; {_gb(self.free)} were free"
+            f" {self.cache_tokens:,} tokens ({self.kv_dtype}); {_gb(self.free)} were free"
         )
 
 
@@ -117,6 +125,33 @@ def check_kernels(config: ModelConfig) -> None:
         raise EngineError(f"`qk_rope_head_dim` is above `kv_lora_rank` ({config.kv_lora_rank}). Use 'cpu'.")
 
 
+def check_kv_dtype(
+    name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, capability: tuple[int, int] | None = None
+) -> None:
+    """Raises `EngineError` when there are no cache rows called `name`, or not for this model, dtype and device.
+    `capability` None: that of the device."""
+    if name not in get_args(KvDtype):
+        raise EngineError(f"kv_dtype {name!r} isn't known; use 'bf16' or 'fp8'.")
+    if name == "bf16":
+        return
+    if choose_backend(device, dtype) != "triton":
+        raise EngineError(
+            "kv_dtype 'fp8' is for the Triton kernels, with device 'cuda' (--device cuda) and dtype 'bfloat16'; this is"
+            f" {device.type!r} in {str(dtype).removeprefix('torch.')}. Leave it at 'bf16'."
+        )
+    if config.kv_lora_rank % GROUP:
+        raise EngineError(
+            f"kv_dtype 'fp8' packs {GROUP} latents at a time, and this model's `kv_lora_rank` is {config.kv_lora_rank}."
+            " Use 'bf16'."
+        )
+    have = torch.cuda.get_device_capability(device) if capability is None else capability
+    if have < _PACKED:
+        raise EngineError(
+            f"kv_dtype 'fp8' needs compute capability {_PACKED[0]}.{_PACKED[1]} (H100) or later; this CUDA device has"
+            f" {have[0]}.{have[1]}. Use 'bf16'."
+        )
+
+
 def narrowed(config: ModelConfig, context: int | None) -> ModelConfig:
     """The model with a window of `context` tokens. Raises `EngineError` when it has no such window."""
     if context is None:
@@ -128,28 +163,43 @@ def narrowed(config: ModelConfig, context: int | None) -> ModelConfig:
     return replace(config, max_position_embeddings=context)
 
 
-def cache_size(asked: int | None, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens that the KV cache holds: `asked`, or as many as suit. Raises `EngineError` when there is no room."""
-    if asked is not None and asked < 1:
-        raise EngineError(f"`cache_tokens` is {asked}; it must be a number of tokens, at least 1.")
-    if device.type == "cuda":
-        return plan_memory(config, dtype, torch.cuda.mem_get_info(device)[0], asked).cache_tokens
+def cache_size(asked: int | None, config: ModelConfig, dtype: torch.dtype) -> int:
+    """Tokens that the KV cache holds on the CPU: `asked`, or as many as suit. Raises `EngineError` for less than one."""
+    _check_asked(asked)
     if asked is not None:
         return asked
     window = config.max_position_embeddings
     return max(window, min(_WINDOWS * window, _free_memory() // _MEMORY_SHARE // cache_bytes(config, dtype)))
 
 
-def plan_memory(config: ModelConfig, dtype: torch.dtype, free: int, cache_tokens: int | None = None) -> MemoryPlan:
+def plan_device(
+    asked: int | None, config: ModelConfig, dtype: torch.dtype, device: torch.device, kv_dtype: KvDtype = "bf16"
+) -> MemoryPlan | None:
+    """How what is free of a CUDA device is used (`plan_memory`); None on the CPU."""
+    _check_asked(asked)
+    if device.type == "cpu":
+        return None
+    return plan_memory(config, dtype, torch.cuda.mem_get_info(device)[0], asked, kv_dtype)
+
+
+def _check_asked(tokens: int | None) -> None:
+    if tokens is not None and tokens < 1:
+        raise EngineError(f"`cache_tokens` is {tokens}; it must be a number of tokens, at least 1.")
+
+
+def plan_memory(
+    config: ModelConfig, dtype: torch.dtype, free: int, cache_tokens: int | None = None, kv_dtype: KvDtype = "bf16"
+) -> MemoryPlan:
     """How `free` bytes of a CUDA device are used: the cache takes what is left, up to 16 windows, or `cache_tokens`.
 
     Raises `EngineError` with what would fit: fewer tokens, or fewer layers.
     """
-    weights, token = weight_bytes(config, dtype), cache_bytes(config, dtype)
-    workspace = _workspace(config, dtype)
+    weights, token = weight_bytes(config, dtype), cache_bytes(config, dtype, kv_dtype)
+    workspace = _workspace(config, dtype, kv_dtype)
     room = (free - weights - workspace) // token
     if room < 1:
-        layers = next((n for n in range(config.num_hidden_layers - 1, 0, -1) if _fits(config, n, dtype, free)), 0)
+        counts = range(config.num_hidden_layers - 1, 0, -1)
+        layers = next((n for n in counts if _fits(config, n, dtype, free, kv_dtype)), 0)
         fitting = f"its first {layers} layers would fit (`layers=range({layers})`)" if layers else "nor would one layer"
         raise EngineError(
             f"The model takes {_gb(weights)} and its steps {_gb(workspace)}, and {_gb(free)} of the device are free:"
@@ -161,24 +211,29 @@ def plan_memory(config: ModelConfig, dtype: torch.dtype, free: int, cache_tokens
             f"A cache of {wanted:,} tokens takes {_gb(wanted * token)}; beside the model {room:,} tokens fit."
             f" Ask for no more (`cache_tokens`, `--context`)."
         )
-    return MemoryPlan(free=free, weights=weights, workspace=workspace, cache=wanted * token, cache_tokens=wanted)
+    rows = ROW_NAMES[row_format(config, dtype, kv_dtype)[1]]
+    return MemoryPlan(
+        free=free, weights=weights, workspace=workspace, cache=wanted * token, cache_tokens=wanted, kv_dtype=rows
+    )
 
 
-def _fits(config: ModelConfig, layers: int, dtype: torch.dtype, free: int) -> bool:
+def _fits(config: ModelConfig, layers: int, dtype: torch.dtype, free: int, kv_dtype: KvDtype) -> bool:
     first = config.first_layer
     part = config.sliced(range(first, first + layers))
-    return weight_bytes(part, dtype) + _workspace(part, dtype) + cache_bytes(part, dtype) <= free
+    needed = weight_bytes(part, dtype) + _workspace(part, dtype, kv_dtype) + cache_bytes(part, dtype, kv_dtype)
+    return needed <= free
 
 
-def _workspace(config: ModelConfig, dtype: torch.dtype) -> int:
+def _workspace(config: ModelConfig, dtype: torch.dtype, kv_dtype: KvDtype) -> int:
     """Bytes for the largest step's logits, for reading a chunk of 2,048 tokens (keys and values of 4,096 written out, what
-    goes into and out of the experts), and for what isn't ours."""
+    goes into and out of the experts; from a packed cache one layer's rows of a whole window), and for what isn't ours."""
     c, chunk = config, 2048
     logits = _STEP_ROWS * c.vocab_size * (4 + dtype.itemsize)
     expanded = 2 * chunk * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
     experts = chunk * max(1, c.num_experts_per_tok) * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
     rotary = c.max_position_embeddings * c.qk_rope_head_dim * 4
-    return _RESERVE + logits + (expanded + experts) * dtype.itemsize + rotary
+    unpacked = (c.max_position_embeddings + chunk) * c.cache_width if kv_dtype == "fp8" else 0
+    return _RESERVE + logits + (expanded + experts + unpacked) * dtype.itemsize + rotary
 
 
 def _free_memory() -> int:

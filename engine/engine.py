@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -16,15 +17,19 @@ import torch
 from thinkloop.engine.checkpoint import Checkpoint
 from thinkloop.engine.config import ModelConfig
 from thinkloop.engine.device import (
+    ROW_NAMES,
     Device,
     Dtype,
     EngineError,
+    MemoryPlan,
     cache_size,
     check_kernels,
+    check_kv_dtype,
     choose_backend,
     choose_dtype,
     find_device,
     narrowed,
+    plan_device,
 )
 from thinkloop.engine.drafts import Confidence, Drafter
 from thinkloop.engine.footprint import cache_bytes, resident_bytes
@@ -35,15 +40,19 @@ from thinkloop.engine.scheduler import EngineClosed, Scheduler
 from thinkloop.engine.sequence import Sequence
 from thinkloop.engine.session import Session
 from thinkloop.engine.weights import Progress, load_weights
+from thinkloop.kernels.kv_rows import KvDtype
 from torch import Tensor
 
 T = TypeVar("T")
 
+Announce = Callable[[str], None]
+"""Called with a line about what is to be loaded."""
 MINI = Path(__file__).parent / "mini"
 _ONE_THREAD = 64 << 20
 """Below this, waking a second thread for each op of a step of a few rows costs more than it brings."""
 PREFILL_CHUNK = 256
 _CUDA_CHUNK = 2048
+
 CACHE_PATIENCE = 10.0
 _TEXT_FILES = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -54,34 +63,37 @@ class Engine:
     def __init__(
         self, folder: Path, config: ModelConfig, model: Transformer, weights_hash: str, pool: BlockPool, *,
         prefill_chunk: int = PREFILL_CHUNK, cache_patience: float = CACHE_PATIENCE, speculate: bool = True,
-        share_prefixes: bool = True,
+        share_prefixes: bool = True, plan: MemoryPlan | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.config, self.model, self.pool = folder, config, model, pool
         self.speculate, self.share_prefixes = speculate, share_prefixes
-        self._weights_hash, self._confidence = weights_hash, Confidence()
+        self._weights_hash, self._confidence, self._plan = weights_hash, Confidence(), plan
         self.scheduler = Scheduler(model, _threads(config), chunk=prefill_chunk, patience=cache_patience)
         self._sessions: WeakSet[Session] = WeakSet()
 
     @classmethod
     def load(
         cls, model: str | Path, *, device: Device = "cpu", dtype: Dtype | None = None,
-        lora_norm_eps: float | None = None, context: int | None = None, cache_tokens: int | None = None,
-        cache_patience: float = CACHE_PATIENCE, prefill_chunk: int | None = None,
+        kv_dtype: KvDtype = "bf16", lora_norm_eps: float | None = None, context: int | None = None,
+        cache_tokens: int | None = None, cache_patience: float = CACHE_PATIENCE, prefill_chunk: int | None = None,
         speculate: bool = True, share_prefixes: bool = True, layers: range | None = None,
-        progress: Progress | None = None,
+        progress: Progress | None = None, announce: Announce | None = None,
     ) -> Engine:  # fmt: skip
         """Loads a published checkpoint folder, or the embedded model by the name `mini`.
 
-        `dtype` None means float32 for small models on the CPU and bfloat16 otherwise. `lora_norm_eps` replaces the
-        eps of the two inner attention norms (1e-6). `context` is the most tokens of a session, where that is to be less
-        than the model's window. `cache_tokens` is how many tokens the KV cache holds for all sessions together; where it
-        is full, a session waits while others are at work and `cache_patience` seconds longer, and is refused then
-        (`CacheFull`). `prefill_chunk` is how many tokens of a long text are read in one step, between which the other
-        sessions decode (None: 256 on the CPU, 2,048 on CUDA). `speculate` drafts tokens from each session's own text
-        where that is faster, `share_prefixes` lets sessions that begin with the same tokens share their rows; neither
-        changes a token in float32 (in bfloat16 a batch of another size may round differently). `layers` loads embedding,
-        head and only those decoder layers, to measure a piece of a model that is too large. `progress` is called with
-        the bytes read so far and in all. Everything is checked before memory is taken. Raises `ThinkloopError`.
+        `dtype` None means float32 for small models on the CPU and bfloat16 otherwise. `kv_dtype` is what the KV cache holds:
+        "bf16" rows as they were computed (in float32 where `dtype` is), "fp8" rows packed into 8 bits, for the Triton
+        kernels only: 656 bytes instead of 1,152 a token and layer of Kimi-K2, for values that move (`kernels.kv_fp8` says
+        how far). `lora_norm_eps` replaces the eps of the two inner attention norms (1e-6). `context` is the most tokens of a
+        session, where that is to be less than the model's window. `cache_tokens` is how many tokens the KV cache holds for
+        all sessions together; where it is full, a session waits while others are at work and `cache_patience` seconds
+        longer, and is refused then (`CacheFull`). `prefill_chunk` is how many tokens of a long text are read in one step,
+        between which the other sessions decode (None: 256 on the CPU, 2,048 on CUDA). `speculate` drafts tokens from each
+        session's own text where that is faster, `share_prefixes` lets sessions that begin with the same tokens share their
+        rows; neither changes a token in float32 (in bfloat16 a batch of another size may round differently). `layers` loads
+        embedding, head and only those decoder layers, to measure a piece of a model that is too large. `progress` is called
+        with the bytes read so far and in all, `announce` on CUDA with one line, how the device's memory is shared out, before
+        any is taken. Everything is checked before that. Raises `ThinkloopError`.
         """
         folder = _folder(model)
         config = ModelConfig.load(folder)
@@ -91,29 +103,36 @@ class Engine:
             config = config.sliced(layers)
         checkpoint_config, config = config, narrowed(config, context)
         where, kind = find_device(device), choose_dtype(dtype, device, config)
-        tokens = cache_size(cache_tokens, config, kind, where)
-        chunk = prefill_chunk if prefill_chunk is not None else PREFILL_CHUNK if device == "cpu" else _CUDA_CHUNK
+        check_kv_dtype(kv_dtype, config, kind, where)
+        plan = plan_device(cache_tokens, config, kind, where, kv_dtype)
+        tokens = cache_size(cache_tokens, config, kind) if plan is None else plan.cache_tokens
+        chunk = prefill_chunk if prefill_chunk is not None else default_chunk(device)
         if chunk < 1:
             raise EngineError(f"`prefill_chunk` is {chunk}; it must be a number of tokens, at least 1.")
         checkpoint, backend = Checkpoint(folder, checkpoint_config), choose_backend(where, kind)
         if backend == "triton":
             check_kernels(config)
-        pool = _pool(config, tokens, kind, where)
+        if plan is not None and announce is not None:
+            announce(f"{where.type}: {plan}")
+        pool = _pool(config, tokens, kind, where, kv_dtype)
         network = _in_another_thread(
             lambda: Transformer(config, load_weights(checkpoint, kind, where, backend=backend, progress=progress))
         )
         return cls(
             folder, config, network, checkpoint.fingerprint, pool,
             prefill_chunk=chunk, cache_patience=cache_patience, speculate=speculate, share_prefixes=share_prefixes,
+            plan=plan,
         )  # fmt: skip
 
     @property
     def fingerprint(self) -> str:
-        """Names what a saved cache fits: weights, config and dtype."""
-        return f"{self._weights_hash}:{_name(self.model.weights.dtype)}"
+        """Names what a saved cache fits: weights, config and dtype, and how rows are packed where they are."""
+        name = f"{self._weights_hash}:{_name(self.model.weights.dtype)}"
+        return f"{name}:fp8" if self.pool.rows.dtype == torch.uint8 else name
 
     def describe(self) -> dict[str, Any]:
-        """What a trace records about the model: hashes of weights, tokenizer and template, device, dtype."""
+        """What a trace records about the model: hashes of weights, tokenizer and template, device, dtype, what the cache
+        holds, and on CUDA how memory was shared out, in bytes."""
         files = [self.folder / name for name in _TEXT_FILES]
         return {
             "name": self.folder.name,
@@ -125,6 +144,8 @@ class Engine:
             "dtype": _name(self.model.weights.dtype),
             "window": self.config.max_position_embeddings,
             "cache_tokens": self.pool.tokens,
+            "kv_dtype": ROW_NAMES[self.pool.rows.dtype],
+            **({} if self._plan is None else {"memory": asdict(self._plan)}),
         }
 
     def logits(self, token_ids: Collection[int]) -> Tensor:
@@ -167,11 +188,16 @@ class Engine:
         self.close()
 
 
-def _pool(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> BlockPool:
+def default_chunk(device: Device) -> int:
+    """Tokens of a long text that are read in one step."""
+    return PREFILL_CHUNK if device == "cpu" else _CUDA_CHUNK
+
+
+def _pool(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, kv_dtype: KvDtype) -> BlockPool:
     try:
-        return BlockPool(config, tokens, dtype, device)
+        return BlockPool(config, tokens, dtype, device, kv_dtype)
     except RuntimeError as error:  # what torch's allocators raise
-        size = tokens * cache_bytes(config, dtype) / 1e9
+        size = tokens * cache_bytes(config, dtype, kv_dtype) / 1e9
         raise EngineError(
             f"There is no memory for a KV cache of {tokens:,} tokens, {size:,.1f} GB. Ask for less: a smaller `context`"
             " (--context) or `cache_tokens`."

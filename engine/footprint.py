@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import torch
 from thinkloop.engine.config import ModelConfig
+from thinkloop.engine.kv_cache import row_format
 from thinkloop.engine.layout import expected_tensors
 from thinkloop.engine.quantisation import INT4_GROUP
+from thinkloop.kernels.kv_rows import KvDtype
 
 FLOAT32_LIMIT = 2 << 30
 """Models whose part outside the experts takes at most this in float32 run in it on the CPU: exact, and 3.5 times
@@ -52,9 +54,10 @@ def resident_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return total * dtype.itemsize
 
 
-def cache_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of latent cache that one token takes, all layers together."""
-    return config.cache_width * config.num_hidden_layers * dtype.itemsize
+def cache_bytes(config: ModelConfig, dtype: torch.dtype, kv_dtype: KvDtype = "bf16") -> int:
+    """Bytes of latent cache that one token takes, all layers together: values in `dtype`, or packed into 8 bits."""
+    width, kind = row_format(config, dtype, kv_dtype)
+    return width * config.num_hidden_layers * kind.itemsize
 
 
 def default_dtype(config: ModelConfig, device: str) -> torch.dtype:

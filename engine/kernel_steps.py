@@ -4,7 +4,9 @@ instead of some hundreds), and of long pieces as they come.
 A step of B sequences with up to T tokens each runs as the next larger size that there is. Padding tokens have no slot, so
 that they write nothing; they stand behind a sequence's own tokens, which can't see them (though they multiply what lies
 there by zero: the pool's memory is set to zero at first, lest it be no number); padding sequences have no rows.
-Captured at first use, all graphs share one pool of memory and one set of inputs.
+A graph also fixes into how many parts a sequence's rows are split. There is one for each of some lengths: the 132 parts of a
+long one cost a short one 4 µs a layer. Captured at first use, all graphs share one pool of memory and one set of inputs. A
+graph begins by fetching its inputs from pinned memory, so that a step costs the host some writes there and one launch.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from thinkloop.engine.config import ModelConfig
-from thinkloop.engine.kernel_model import KernelModel, Piece, Places, decode_attention, reading_attention
+from thinkloop.engine.kernel_model import Few, KernelModel, Piece, Places, decode_attention, reading_attention
 from thinkloop.engine.kv_cache import BLOCK, LatentCache
 from thinkloop.engine.weights import Weights
+from thinkloop.kernels.mla_absorb import MAX_ROWS
+from thinkloop.kernels.mla_decode import kv_splits
+from thinkloop.kernels.target import chip
 from torch import Tensor
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -24,28 +29,37 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 COUNTS = (1, 2, 4, 8)
 """Tokens of each: with drafts, as many as the attention kernel takes."""
 MAX_COUNT = COUNTS[-1]
+LENGTHS = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18)
+"""Rows of the longest sequence of a step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The shape of a step."""
+    """The shape of a step: sequences, tokens of each, and rows of the longest."""
 
     batch: int
     count: int
+    length: int
 
     @property
     def tokens(self) -> int:
         return self.batch * self.count
 
+    @property
+    def inputs(self) -> int:
+        """Numbers that a step is told: id, position and slot of each token, length of each sequence."""
+        return 3 * self.tokens + self.batch
+
     @classmethod
-    def of(cls, batch: int, count: int) -> Size:
-        """The smallest size that takes `batch` sequences of up to `count` tokens. Raises `ValueError` when none does."""
+    def of(cls, batch: int, count: int, length: int) -> Size:
+        """The smallest size that takes `batch` sequences of up to `count` tokens and `length` rows with them. Raises
+        `ValueError` when none does."""
         fitting = [(b, t) for b in BATCHES if b >= batch for t in COUNTS if t >= count]
         if not fitting:
             raise ValueError(
                 f"{batch} sequences of {count} tokens are more than a step takes: {BATCHES[-1]} of {MAX_COUNT}."
             )
-        return cls(*fitting[0])
+        return cls(*fitting[0], next((most for most in LENGTHS if most >= length), length))
 
 
 Part = tuple[LatentCache, Sequence[int]]
@@ -60,13 +74,16 @@ class KernelSteps:
         self._config, self._weights, self._turn = config, weights, turn
         self._model, self._device = KernelModel(config, weights), weights.device
         self._captures = self._device.type == "cuda"
-        most = Size(BATCHES[-1], COUNTS[-1])
+        most = Size(BATCHES[-1], COUNTS[-1], LENGTHS[-1])
         width = -(-(config.max_position_embeddings + MAX_COUNT) // BLOCK)
-        self._places = torch.zeros(3, most.tokens, dtype=torch.int64, device=self._device)
-        self._lengths = torch.zeros(most.batch, dtype=torch.int32, device=self._device)
+        self._inputs = torch.zeros(most.inputs, dtype=torch.int32, device=self._device)
+        self._written = torch.zeros(most.inputs, dtype=torch.int32, pin_memory=self._captures)
         self._table = torch.zeros(most.batch, width, dtype=torch.int32, device=self._device)
+        self._tabled: list[list[int]] = [[] for _ in range(most.batch)]
+        """The blocks that each row of the table begins with."""
         self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle() if self._captures else None
+        self._replayed = torch.cuda.Event() if self._captures else None  # type: ignore[no-untyped-call]
 
     @staticmethod
     def few(counts: Sequence[int]) -> set[int]:
@@ -75,7 +92,8 @@ class KernelSteps:
 
     def decode(self, parts: Sequence[Part]) -> list[Tensor]:
         """Computes up to `MAX_COUNT` tokens of each sequence: float32 logits `[count, V]` after each."""
-        size = Size.of(len(parts), max(len(ids) for _, ids in parts))
+        count = max(len(ids) for _, ids in parts)
+        size = Size.of(len(parts), count, max(cache.length for cache, _ in parts) + MAX_COUNT)
         layers = parts[0][0].pool.layers
         self._fill(size, parts)
         logits = self._replay(size, layers) if self._captures else self._compute(size, layers)
@@ -100,27 +118,36 @@ class KernelSteps:
         return self._model.forward(places, parts[0][0].pool.layers, self._turn, attend)
 
     def _fill(self, size: Size, parts: Sequence[Part]) -> None:
-        """Sends the step's inputs to where the graphs read them."""
-        places = torch.zeros(3, size.tokens, dtype=torch.int64)
-        places[2] = -1
-        lengths = torch.zeros(size.batch, dtype=torch.int32)
-        table = torch.zeros(len(parts), max(len(cache.blocks) for cache, _ in parts), dtype=torch.int32)
+        """Writes the step's inputs to where the graphs fetch them, and sends what is new of the table."""
+        if self._replayed is not None:
+            self._replayed.synchronize()  # the last step has fetched its own
+        tokens, inputs = size.tokens, self._written.numpy()
+        inputs[: 2 * tokens] = inputs[3 * tokens : size.inputs] = 0
+        inputs[2 * tokens : 3 * tokens] = -1
         for index, (cache, ids) in enumerate(parts):
-            start, count = cache.length, len(ids)
-            own = [list(ids), list(range(start, start + count)), cache.slots(start, start + count)]
-            places[:, index * size.count : index * size.count + count] = torch.tensor(own)
-            lengths[index] = start + size.count  # as if the padding had rows: no token sees past its own
-            table[index, : len(cache.blocks)] = torch.tensor(cache.blocks, dtype=torch.int32)
-        self._send(places, self._places[:, : size.tokens])
-        self._send(lengths, self._lengths[: size.batch])
-        self._send(table, self._table[: table.shape[0], : table.shape[1]])
-
-    def _send(self, source: Tensor, place: Tensor) -> None:
-        place.copy_(source.pin_memory() if self._captures else source, non_blocking=True)
+            first, start, count = index * size.count, cache.length, len(ids)
+            inputs[first : first + count] = ids
+            inputs[tokens + first : tokens + first + count] = range(start, start + count)
+            inputs[2 * tokens + first : 2 * tokens + first + count] = cache.slots(start, start + count)
+            inputs[3 * tokens + index] = start + size.count  # as if the padding had rows: no token sees past its own
+            if self._tabled[index] != cache.blocks:
+                self._tabled[index] = list(cache.blocks)
+                blocks = torch.tensor(cache.blocks, dtype=torch.int32)
+                self._table[index, : len(blocks)].copy_(
+                    blocks.pin_memory() if self._captures else blocks, non_blocking=True
+                )
 
     def _compute(self, size: Size, layers: Sequence[Tensor]) -> Tensor:
-        places = Places(*self._places[:, : size.tokens])
-        attend = decode_attention(self._config, self._table[: size.batch], self._lengths[: size.batch])
+        """The whole step, from fetching its inputs: float32 logits `[B·T, V]`."""
+        inputs = self._inputs[: size.inputs]
+        inputs.copy_(self._written[: size.inputs], non_blocking=True)
+        places = Places(*inputs[: 3 * size.tokens].view(3, -1))
+        table, lengths = self._table[: size.batch], inputs[3 * size.tokens :]
+        sms = chip(self._device).sms
+        splits = kv_splits(size.batch, self._config.num_attention_heads, size.count, size.length, sms)
+        if size.tokens <= MAX_ROWS:
+            return self._model.decode(Few(places, self._turn, table, lengths, splits), layers)
+        attend = decode_attention(self._config, table, lengths, splits)
         return (self._model.forward(places, layers, self._turn, attend) @ self._weights.head).float()
 
     def _replay(self, size: Size, layers: Sequence[Tensor]) -> Tensor:
@@ -128,6 +155,8 @@ class KernelSteps:
             self._graphs[size] = self._capture(size, layers)
         graph, logits = self._graphs[size]
         graph.replay()
+        assert self._replayed is not None
+        self._replayed.record()
         return logits.clone()  # the next step writes over the graph's own
 
     def _capture(self, size: Size, layers: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

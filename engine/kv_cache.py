@@ -1,10 +1,11 @@
 """The latent KV cache, in blocks that sessions share.
 
 Per layer and token the cache holds one row: the normed latent and the rotated shared key (576 values for Kimi-K2, 70,272
-bytes a token over its layers in bfloat16; reference 2.4). All sessions' rows lie in one pool, in blocks of 64 tokens with
-reference counts: a fork shares every full block and copies at most one begun block when either side writes on; sessions
-with the same prefix find its blocks by hash. A sequence's next block is taken right behind its last one where that is
-free, so that its rows are few contiguous spans (mostly one) and attention on the CPU reads them in place.
+bytes a token over its layers in bfloat16; reference 2.4), or the same packed into 8 bits (`kernels.kv_rows`; 40,016 bytes).
+All sessions' rows lie in one pool, in blocks of 64 tokens with reference counts: a fork shares every full block and copies
+at most one begun block when either side writes on; sessions with the same prefix find its blocks by hash. A sequence's next
+block is taken right behind its last one where that is free, so that its rows are few contiguous spans (mostly one) and
+attention on the CPU reads them in place.
 
 Used by one thread only, the engine's; `LatentCache.__del__` alone may run elsewhere.
 """
@@ -19,6 +20,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 from thinkloop.engine.config import ModelConfig
+from thinkloop.kernels.kv_rows import KvDtype, row_bytes
 from thinkloop.traces.events import ThinkloopError
 from torch import Tensor
 
@@ -30,16 +32,27 @@ class CacheFull(ThinkloopError):
     """Every block of the KV cache is held by a live session."""
 
 
+def row_format(config: ModelConfig, dtype: torch.dtype, kv_dtype: KvDtype) -> tuple[int, torch.dtype]:
+    """How many elements a row has, and of what type: the values in `dtype`, or bytes of a packed row."""
+    if kv_dtype == "fp8":
+        return row_bytes(config.kv_lora_rank, config.qk_rope_head_dim), torch.uint8
+    return config.cache_width, dtype
+
+
 class BlockPool:
-    """`rows [layers, blocks · BLOCK, width]`, who holds which block, and what unheld blocks still contain.
+    """`rows [layers, blocks · BLOCK, width]`, who holds which block, and what unheld blocks still contain. Rows are of
+    `dtype`, or with `kv_dtype` "fp8" packed ones, as uint8.
 
     On the CPU the memory is only taken from the system as rows are written.
     """
 
-    def __init__(self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, kv_dtype: KvDtype = "bf16"
+    ) -> None:
         count = max(1, -(-tokens // BLOCK))
         make = torch.empty if device.type == "cpu" else torch.zeros  # see `kernel_steps` for the zeros
-        self.rows = make(config.num_hidden_layers, count * BLOCK, config.cache_width, dtype=dtype, device=device)
+        width, dtype = row_format(config, dtype, kv_dtype)
+        self.rows = make(config.num_hidden_layers, count * BLOCK, width, dtype=dtype, device=device)
         self.layers = list(self.rows)
         self.references = [0] * count
         self.abandoned: deque[list[int]] = deque()

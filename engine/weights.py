@@ -84,7 +84,7 @@ class Experts:
     """Router, shared expert and routed experts of one layer. The norm stays apart: packed weights can't take it in."""
 
     norm: Tensor
-    w_router: Tensor  # [D, E] float32
+    w_router: Tensor  # [D, E] float32; for the kernels bfloat16, where it is published so
     bias: Tensor | None  # [E] float32
     shared: Mlp | None
     gate_up: Routed
@@ -186,8 +186,9 @@ class _Loader:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def matrix(self, features: int, rows: int) -> Tensor:
-        """Place for a matrix `[in, out]`, laid out as it is published where `ready` packs it."""
-        return self.new(rows, features).T if self.packs else self.new(features, rows)
+        """Place for a matrix `[in, out]`, laid out as it is published where `ready` packs it or the kernels read it."""
+        published = self.packs or self.backend == "triton"
+        return self.new(rows, features).T if published else self.new(features, rows)
 
     def ready(self, matrix: Tensor) -> Tensor:
         """A filled matrix, as `project` takes it best."""
@@ -252,8 +253,7 @@ class _Loader:
 
     def experts(self, prefix: str) -> Experts:
         c, at = self.config, f"{prefix}mlp."
-        w_router = self.new(c.hidden_size, c.n_routed_experts, dtype=torch.float32)
-        self.read(f"{at}gate.weight", w_router.T)
+        w_router = self.router(f"{at}gate.weight")
         width, bias = c.moe_intermediate_size * c.n_shared_experts, f"{at}gate.e_score_correction_bias"
         return Experts(
             self.vector(f"{prefix}post_attention_layernorm.weight", c.hidden_size),
@@ -263,6 +263,18 @@ class _Loader:
             self.routed(at, ("gate_proj", "up_proj")),
             self.routed(at, ("down_proj",)),
         )
+
+    def router(self, name: str) -> Tensor:
+        size = (self.config.n_routed_experts, self.config.hidden_size)
+        if self.backend != "triton":
+            w_router = self.new(size[1], size[0], dtype=torch.float32)
+            self.read(name, w_router.T)
+            return w_router
+        with self.checkpoint.view(name) as stored:
+            kind = torch.bfloat16 if stored.dtype == torch.bfloat16 else torch.float32
+        w_router = self.new(*size, dtype=kind)
+        self.read(name, w_router)
+        return w_router.T
 
     def routed(self, prefix: str, names: tuple[str, ...]) -> Routed:
         """The routed experts' matrices over `names`, rows joined in that order."""

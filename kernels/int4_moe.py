@@ -18,9 +18,13 @@ Decoding doesn't sort: a program is one (token, expert) pair and one tile of row
 chose the same expert the second finds the tile in L2; at 8 tokens of K2 that is 7 % of the pairs under uniform routing, and
 gathering them would put a search through all ids before every program's first load.
 
-The sum over a token's experts is a kernel of its own. Within the down product, one program would have to walk all 8
-experts (no float atomics: same input, same bits): 112 tiles of 64 rows for 132 SMs. Apart, it moves 2 · 8 · 7168 · 4 B =
-0.46 MB a token, 0.1 µs, plus a launch (about 1.3 µs in a graph).
+The sum over a token's experts is a kernel of its own, or part of whatever comes next. Within the down product, one program
+would have to walk all 8 experts (no float atomics: same input, same bits): 112 tiles of 64 rows for 132 SMs. Apart, it moves
+2 · 8 · 7168 · 4 B = 0.46 MB a token, 0.1 µs, plus a launch.
+
+Neither product is launched early: their programs are about as many as the 132 SMs take at once, and would crowd on those that
+the kernel before leaves first. Measured in a layer: gate and up 65 µs instead of 38 for K2, 19 instead of 9 for Moonlight, whose
+down product took 15 instead of 7.
 """
 
 from __future__ import annotations
@@ -48,7 +52,16 @@ from thinkloop.kernels.int4_moe_grouped import (
     grouping_cases,
     uses_grouped,
 )
-from thinkloop.kernels.target import HOPPER, INTERPRET, Chip, cast, chip
+from thinkloop.kernels.target import (
+    HOPPER,
+    INTERPRET,
+    Chip,
+    cast,
+    chip,
+    launch_early,
+    starts_early,
+    wait_for_inputs,
+)
 from torch import Tensor
 
 __all__ = [
@@ -58,6 +71,7 @@ __all__ = [
     "decode_tiles",
     "grouped_tiles",
     "moe_int4",
+    "moe_parts",
     "pack_experts",
     "unpack_experts",
     "uses_grouped",
@@ -71,8 +85,8 @@ def decode_tiles(tokens: int, rows: int, features: int, experts_per_token: int, 
     """Tiles for one matrix `rows × features` and few tokens, each pair on its own.
 
     64 rows, or 32 where that leaves fewer SMs idle at the end (Moonlight's down product, 1 token: 192 programs of 64 rows
-    fill 73 % of two rounds of 132 SMs). Stages enough to have 48 KB on the way to an SM: its share of 4.3 TB/s is 33 KB a
-    microsecond.
+    fill 73 % of two rounds of 132 SMs). Three stages: more leave room for fewer programs on an SM, which costs more than it
+    gains (K2's down product, 1 token: 22 µs with three, 25 with four, 26 with six).
     """
 
     def programs(size: int) -> int:
@@ -82,9 +96,7 @@ def decode_tiles(tokens: int, rows: int, features: int, experts_per_token: int, 
         return programs(size) / (sm_count * -(-programs(size) // sm_count))
 
     size = 32 if busy(32) > 1.1 * busy(64) else 64
-    step = 256 if features % 256 == 0 else 128
-    staged = size * step * 9 // 16 * max(1, programs(size) // sm_count)  # bytes, all programs of an SM
-    return Tiles(tokens=8, rows=size, features=step, stages=min(max(2 + -(-48 * 1024 // staged), 4), 8))
+    return Tiles(8, size, *((256, 3) if features % 256 == 0 else (128, 4)))
 
 
 @triton.jit(do_not_specialize=["blocks", "together"])
@@ -92,7 +104,7 @@ def _experts_kernel(
     p_x, p_weight, p_scale, p_experts, p_order, p_shares, p_out, blocks, together,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, PADDED: tl.constexpr, PAIRS_PER_ROW: tl.constexpr,
     SORTED: tl.constexpr, GATED: tl.constexpr, WGMMA: tl.constexpr, INTERPRET: tl.constexpr,
-    TOKENS: tl.constexpr, WARPS: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOKENS: tl.constexpr, WARPS: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one expert, times one block of (token, expert) pairs.
 
@@ -110,7 +122,15 @@ def _experts_kernel(
     height = tl.minimum(blocks - i_first, together)
     i_block, i_tile = i_first + i_within % height, i_within // height
 
+    wait_for_inputs(EARLY)
     expert = tl.load(p_experts + i_block).to(tl.int64)
+    # Granules by (half, warp): a warp's 16 rows are two granules, gate and up where GATED, else neighbours.
+    o_half, o_warp = tl.arange(0, 2 * WARPS) // WARPS, tl.arange(0, 2 * WARPS) % WARPS
+    if GATED:
+        o_row = tl.minimum(i_tile * WARPS + o_warp, ROWS // 16 - 1) + o_half * (ROWS // 16)
+    else:
+        o_row = tl.minimum((i_tile * WARPS + o_warp) * 2 + o_half, ROWS // 8 - 1)
+    o_granule = tl.maximum(expert, 0) * (ROWS // 8) + o_row
     o_m = tl.arange(0, TOKENS)
     if SORTED:
         if expert < 0:
@@ -122,14 +142,8 @@ def _experts_kernel(
         b_real = o_m == 0
         b_pair = i_block + 0 * o_m
 
-    # Granules by (half, warp): a warp's 16 rows are two granules, gate and up where GATED, else neighbours.
-    o_half, o_warp = tl.arange(0, 2 * WARPS) // WARPS, tl.arange(0, 2 * WARPS) % WARPS
-    if GATED:
-        o_row = tl.minimum(i_tile * WARPS + o_warp, ROWS // 16 - 1) + o_half * (ROWS // 16)
-    else:
-        o_row = tl.minimum((i_tile * WARPS + o_warp) * 2 + o_half, ROWS // 8 - 1)
     o_step = tl.arange(0, STEPS)[:, None, None]
-    b_base = expert * (ROWS // 8) + o_row[None, :, None]
+    b_base = o_granule[None, :, None]
     p_words = p_weight + b_base * PADDED + o_step * 128 + tl.arange(0, 128)[None, None, :]
     p_factors = p_scale + b_base * (PADDED // 8) + o_step * 16 + tl.arange(0, 16)[None, None, :]  # pairs of bfloat16
     o_k = tl.arange(0, BLOCK_K)
@@ -171,9 +185,11 @@ def _experts_kernel(
 
 @triton.jit
 def _combine_kernel(
-    p_partial, p_out, WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr
+    p_partial, p_out, WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """`out [T, WIDTH] = Σ_k partial [T, TOP_K, WIDTH]`, in the order of k, in float32."""
+    wait_for_inputs(EARLY)
     i_token = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     b_sum = tl.zeros([BLOCK], tl.float32)
@@ -197,6 +213,7 @@ def _plan(
         "WGMMA": target.capability == 90 and tiles.tokens >= 16,  # Triton's choice, which sets the order within a thread
         "INTERPRET": INTERPRET,
         "TOKENS": tiles.tokens, "WARPS": tiles.warps, "BLOCK_K": tiles.features if padded % tiles.features == 0 else 128,
+        "EARLY": starts_early(target),
     }  # fmt: skip
 
 
@@ -215,7 +232,21 @@ def _check(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, down:
 
 
 def moe_int4(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, down: PackedExperts) -> Tensor:
-    """`Σ_k shares[t,k] · expert_{ids[t,k]}(x[t])` from packed INT4 experts -> bfloat16 `[T, D]`.
+    """`Σ_k shares[t,k] · expert_{ids[t,k]}(x[t])` from packed INT4 experts -> bfloat16 `[T, D]`: the sum of `moe_parts`."""
+    parts = moe_parts(x, ids, shares, gate_up, down)
+    out = torch.empty_like(x)
+    if parts.numel() == 0:
+        return out.zero_()
+    tokens, top_k, width = parts.shape
+    _combine_kernel[(tokens, triton.cdiv(width, _COMBINE_BLOCK))](
+        parts, out, WIDTH=width, TOP_K=top_k, BLOCK=_COMBINE_BLOCK, EARLY=starts_early(chip(x.device)),
+        INTERPRET=INTERPRET, **launch_early(x.device),
+    )  # fmt: skip
+    return out
+
+
+def moe_parts(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, down: PackedExperts) -> Tensor:
+    """`shares[t,k] · expert_{ids[t,k]}(x[t])` from packed INT4 experts -> `[T, K, D]`: float32, or bfloat16 for many tokens.
 
     `x` bfloat16 `[T, D]`, `ids` int32 or int64 `[T, K]` in `[0, E)` (not checked: that would be a wait), `shares` float32
     `[T, K]`, `gate_up` `[E, 2I, D]` (gate first), `down` `[E, D, I]`. The same input gives the same bits. Which path runs
@@ -224,9 +255,8 @@ def moe_int4(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, dow
     _check(x, ids, shares, gate_up, down)
     tokens, top_k = ids.shape
     pairs = tokens * top_k
-    out = torch.empty_like(x)
     if pairs == 0:
-        return out.zero_()
+        return torch.empty(tokens, top_k, down.rows, dtype=torch.float32, device=x.device)
     ids, shares = ids.contiguous(), shares.contiguous()
     experts, in_groups = gate_up.experts, uses_grouped(tokens, gate_up.experts, top_k)
     target = chip(x.device)
@@ -246,12 +276,10 @@ def moe_int4(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, dow
 
     hidden = torch.empty(pairs, down.features, dtype=x.dtype, device=x.device)
     # Grouped, the products are rounded before the sum: at 4,096 tokens float32 would move another 0.9 GB.
-    partial = torch.empty(pairs, down.rows, dtype=x.dtype if in_groups else torch.float32, device=x.device)
+    parts = torch.empty(tokens, top_k, down.rows, dtype=x.dtype if in_groups else torch.float32, device=x.device)
     product(x, gate_up, hidden, True)
-    product(hidden, down, partial, False)
-    grid = (tokens, triton.cdiv(down.rows, _COMBINE_BLOCK))
-    _combine_kernel[grid](partial, out, WIDTH=down.rows, TOP_K=top_k, BLOCK=_COMBINE_BLOCK, INTERPRET=INTERPRET)
-    return out
+    product(hidden, down, parts, False)
+    return parts
 
 
 def _product_cases(tokens: int, experts: int, top_k: int, width: int, inner: int, capability: int) -> list[CompileCase]:
@@ -259,14 +287,15 @@ def _product_cases(tokens: int, experts: int, top_k: int, width: int, inner: int
     in_groups = uses_grouped(tokens, experts, top_k)
     kinds = {"p_x": "*bf16", "p_weight": "*i32", "p_scale": "*i32", "p_experts": "*i32", "p_order": "*i32"}
     partial = "*bf16" if in_groups else "*fp32"
-    cases = []
+    cases, target = [], Chip(capability, HOPPER.sms)
     for name, rows, features, out in (("gate_up", 2 * inner, width, "*bf16"), ("down", width, inner, partial)):
-        target = Chip(capability, HOPPER.sms)
         tiles, constants = _plan(tokens, experts, top_k, rows, features, gated=name == "gate_up", target=target)
         signature = {**kinds, "p_shares": "*fp32", "p_out": out, "blocks": "i32", "together": "i32"}
         signature |= dict.fromkeys(constants, "constexpr")
         cases.append(CompileCase(name, _experts_kernel, signature, constants, tiles.warps, tiles.stages, not in_groups))
-    constants = {"WIDTH": width, "TOP_K": top_k, "BLOCK": _COMBINE_BLOCK, "INTERPRET": INTERPRET}
+    constants = {
+        "WIDTH": width, "TOP_K": top_k, "BLOCK": _COMBINE_BLOCK, "EARLY": starts_early(target), "INTERPRET": INTERPRET,
+    }  # fmt: skip
     signature = {"p_partial": partial, "p_out": "*bf16", **dict.fromkeys(constants, "constexpr")}
     return [*cases, CompileCase("combine", _combine_kernel, signature, constants, 4, 3, not in_groups)]
 
@@ -278,7 +307,9 @@ def compile_cases(capability: int = 90) -> Iterator[CompileCase]:
     for (model, experts, top_k, width, inner), tokens in itertools.product(models, (1, 2, 4, 8, 16, 64, 512, 4096)):
         cases = _product_cases(tokens, experts, top_k, width, inner, capability)
         if uses_grouped(tokens, experts, top_k):
-            cases += grouping_cases(tokens * top_k, experts, grouped_tiles(tokens, experts, top_k).tokens)
+            cases += grouping_cases(
+                tokens * top_k, experts, grouped_tiles(tokens, experts, top_k).tokens, Chip(capability, HOPPER.sms)
+            )
         for case in cases:
             if replace(case, name="") not in seen:
                 seen.append(replace(case, name=""))

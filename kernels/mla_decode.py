@@ -13,6 +13,10 @@ they stay in the second cache level (50 MB) until the merge reads them.
 What may keep it from the 35 µs on Hopper: Triton 3.6 gives both warp groups the whole score product of a 64-query tile
 (`warpsPerCTA = [8, 1]` in its IR), 28 Gflop with the repetition. Two smaller tiles would read the rows twice instead, and a
 128-query tile's accumulator doesn't fit the registers.
+
+Packed rows (`kv_fp8`) are 656 bytes, so that 131,072 of them take 20 µs to read. Unpacking a tile is 400 instructions a
+thread more in its 910, some 800 clocks of an SM beside the 4,500 of its products; those don't overlap here, so that packed
+rows save memory and no time. Computed.
 """
 
 from __future__ import annotations
@@ -24,16 +28,27 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from thinkloop.kernels import kv_rows
 from thinkloop.kernels.compile_case import CompileCase
-from thinkloop.kernels.target import HOPPER, INTERPRET, cast, chip, dot
+from thinkloop.kernels.kv_fp8 import MIN_CAPABILITY, check_packed, load_packed
+from thinkloop.kernels.target import (
+    HOPPER,
+    INTERPRET,
+    Chip,
+    cast,
+    chip,
+    dot,
+    launch_early,
+    starts_early,
+    wait_for_inputs,
+)
 from torch import Tensor
 
-PAGE = 64
-"""Rows of a cache block, `engine.kv_cache.BLOCK`."""
+PAGE = kv_rows.PAGE
 MAX_TOKENS = 8
 LOG2_E = 1.4426950408889634
-_LEAST_ROWS = 32
-"""Least share of a split, so that 4,096 rows already reach 128 SMs. Not measured."""
+_LEAST_ROWS = 64
+"""Least share of a split: with 32, a step onto 1,024 rows takes no less time and leaves twice the results to merge."""
 _PROGRAM_ROWS = 1024
 """What a program costs besides its share, in rows of the cache. By bytes 292 for K2 (64 for its queries, 228 for what it
 leaves and the merge reads); more here, as a graph made for the longest sequence mostly runs on shorter ones."""
@@ -50,10 +65,15 @@ class DecodeTiles:
     num_stages: int
 
 
-def decode_tiles(queries: int, capability: int = 90) -> DecodeTiles:
+def decode_tiles(queries: int, capability: int = 90, fp8: bool = False) -> DecodeTiles:
     """For `queries` rows (tokens times heads). K2's 64 fill a warp group's matrix instruction; the accumulator [64, 512] is
     128 registers a thread over 8 warps. Moonlight's 16 take half of that over 4. Shared memory holds the queries
-    (72 KB for K2) and two tiles of rows: 64 of them (72 KB each) on Hopper, 32 on the A100 with its 163 KB."""
+    (72 KB for K2) and two tiles of rows: 64 of them (72 KB each) on Hopper, 32 on the A100 with its 163 KB.
+
+    `fp8`: packed rows, on Hopper and later. They always take the warp group's instruction, which has its operands in shared
+    memory: a smaller one would hold the unpacked tile in more registers than there are."""
+    if fp8:
+        return DecodeTiles(64, 64, num_warps=8, num_stages=2)
     size = min(64, max(16, triton.next_power_of_2(queries)))
     rows = 64 if capability >= 90 else 32
     return DecodeTiles(size, rows, num_warps=4 if size == 16 else 8, num_stages=2)
@@ -79,10 +99,13 @@ def kv_splits(batch: int, heads: int, tokens: int, max_length: int, sm_count: in
 def _decode_kernel(
     p_q, p_cache, p_table, p_lengths, p_part, p_lse, scale, pages,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, SPLITS: tl.constexpr,
-    PAGE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, LEAST: tl.constexpr, INTERPRET: tl.constexpr,
+    PAGE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, LEAST: tl.constexpr, FP8: tl.constexpr,
+    EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One split of one sequence for one tile of query rows. `scale` includes log2(e)."""
+    """One split of one sequence for one tile of query rows. `scale` includes log2(e). FP8: rows as in `kv_rows`."""
+    wait_for_inputs(EARLY)
     WIDTH: tl.constexpr = LATENT + ROPE
+    BYTES: tl.constexpr = LATENT + LATENT // 32 + 2 * ROPE if FP8 else WIDTH  # see `kv_rows`; or values
     i_split, i_tile, i_batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(p_lengths + i_batch)
     share = tl.cdiv(length, SPLITS)  # by the length there is, so that short sequences use all splits too
@@ -94,11 +117,15 @@ def _decode_kernel(
     real = o_query < TOKENS * HEADS
     o_batch = i_batch.to(tl.int64) * TOKENS * HEADS
     p_q += o_batch * WIDTH
-    p_lse += o_batch * SPLITS + i_split
     p_part += (o_batch * SPLITS + i_split) * LATENT
     o_part = o_query * SPLITS
+    if FP8:
+        o_lse = i_batch * (TOKENS * HEADS * SPLITS) + i_split + o_part  # 32 bits: a register less, or one is spilled
+    else:
+        p_lse += o_batch * SPLITS + i_split
+        o_lse = o_part
     if first >= last:
-        tl.store(p_lse + o_part, tl.full([QUERIES], float("-inf"), tl.float32), mask=real)
+        tl.store(p_lse + o_lse, tl.full([QUERIES], float("-inf"), tl.float32), mask=real)
         return
 
     o_latent, o_rope, o_row = tl.arange(0, LATENT), LATENT + tl.arange(0, ROPE), tl.arange(0, ROWS)
@@ -112,10 +139,13 @@ def _decode_kernel(
     for start in range(first, last, ROWS):
         page = tl.load(p_table + i_batch * pages + start // PAGE).to(tl.int64)
         inside = start + o_row < last
-        p_rows = p_cache + (page * PAGE + start % PAGE) * WIDTH
+        p_rows = p_cache + (page * PAGE + start % PAGE) * BYTES
         # [S, C]: key, then value
-        b_rows = tl.load(p_rows + o_rows + o_latent[None, :], mask=inside[:, None], other=0.0)
-        b_keys = tl.load(p_rows + o_rows + o_rope[None, :], mask=inside[:, None], other=0.0)
+        if FP8:
+            b_rows, b_keys = load_packed(p_rows, o_row, inside, LATENT, ROPE, INTERPRET)
+        else:
+            b_rows = tl.load(p_rows + o_rows + o_latent[None, :], mask=inside[:, None], other=0.0)
+            b_keys = tl.load(p_rows + o_rows + o_rope[None, :], mask=inside[:, None], other=0.0)
         b_scores = dot(b_q, tl.trans(b_rows), INTERPRET) + dot(b_q_rope, tl.trans(b_keys), INTERPRET)
         b_scores = tl.where((start + o_row)[None, :] < b_seen[:, None], b_scores * scale, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_scores, 1))
@@ -125,7 +155,7 @@ def _decode_kernel(
         b_mixed = b_mixed * b_keep[:, None] + dot(b_weights.to(b_rows.dtype), b_rows, INTERPRET)
         b_max = b_new
     b_some = b_sum > 0
-    tl.store(p_lse + o_part, tl.where(b_some, b_max + tl.log2(tl.where(b_some, b_sum, 1.0)), float("-inf")), mask=real)
+    tl.store(p_lse + o_lse, tl.where(b_some, b_max + tl.log2(tl.where(b_some, b_sum, 1.0)), float("-inf")), mask=real)
     b_mixed /= tl.where(b_some, b_sum, 1.0)[:, None]
     tl.store(p_part + o_part[:, None] * LATENT + o_latent[None, :], b_mixed, mask=real[:, None])
 
@@ -133,9 +163,10 @@ def _decode_kernel(
 @triton.jit
 def _merge_kernel(
     p_part, p_lse, p_out, LATENT: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
-    COLUMNS: tl.constexpr, INTERPRET: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One query row, COLUMNS of its latent: the splits' results, each by its share of the sum of weights."""
+    wait_for_inputs(EARLY)
     i_query, i_column = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_all, o_column = tl.arange(0, PADDED), i_column * COLUMNS + tl.arange(0, COLUMNS)
     b_lse = tl.load(p_lse + i_query * SPLITS + o_all, mask=o_all < SPLITS, other=float("-inf"))
@@ -159,36 +190,51 @@ def mla_decode(
     """Attention of `T` new tokens a sequence, 1 to 8, in the latent space: bfloat16 `[B, T, H, C]`.
 
     `q [B, T, H, C+R]` are absorbed, rotated queries, bfloat16 as the cache. Row `i` of a sequence lies in slot
-    `table[b, i // 64] * 64 + i % 64` of `cache [slots, C+R]`; `table [B, pages]` and `lengths [B]` are int32. The new
-    tokens' rows are the last of `lengths`, and a token sees the rows up to its own. A length of 0 gives zeros, and
-    nothing is read for it. `splits` None: `kv_splits` for the longest sequence that the table has room for. C and R are
-    powers of two from 16 up. Raises `ValueError` naming the argument that doesn't fit.
+    `table[b, i // 64] * 64 + i % 64` of `cache [slots, C+R]`, or uint8 `[slots, row_bytes]` of packed rows (`kv_rows`,
+    C from 128 up); `table [B, pages]` and `lengths [B]` are int32. The new tokens' rows are the last of `lengths`, and a
+    token sees the rows up to its own. A length of 0 gives zeros, and nothing is read for it. `splits` None: `kv_splits` for
+    the longest sequence that the table has room for. C and R are powers of two from 16 up. Raises `ValueError` naming the
+    argument that doesn't fit.
     """
-    latent = _check(q, cache, table, lengths)
-    batch, tokens, heads, width = q.shape
-    capability, sms = chip(q.device)
-    if splits is None:
-        splits = kv_splits(batch, heads, tokens, table.shape[1] * PAGE, sms)
-    tiles, queries = decode_tiles(tokens * heads, capability), batch * tokens * heads
-    part = torch.empty(queries, splits, latent, dtype=torch.float32, device=q.device)
-    lse = torch.empty(queries, splits, dtype=torch.float32, device=q.device)
-    out = torch.empty(batch, tokens, heads, latent, dtype=q.dtype, device=q.device)
-    grid = (splits, triton.cdiv(tokens * heads, tiles.queries), batch)
-    _decode_kernel[grid](
-        q, cache, table, lengths, part, lse, scale * LOG2_E, table.shape[1],
-        **_constants(heads, tokens, latent, width - latent, splits, tiles),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+    part, lse = decode_parts(q, cache, table, lengths, scale, splits=splits)
+    queries, splits, latent = part.shape
+    out = torch.empty(*q.shape[:3], latent, dtype=q.dtype, device=q.device)
     _merge_kernel[(queries, triton.cdiv(latent, _columns(latent)))](
-        part, lse, out, **_merge_constants(latent, splits), num_warps=4
+        part, lse, out, **_merge_constants(latent, splits, chip(q.device)), num_warps=4, **launch_early(q.device)
     )
     return out
 
 
-def _constants(heads: int, tokens: int, latent: int, rope: int, splits: int, tiles: DecodeTiles) -> dict[str, Any]:
+def decode_parts(
+    q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, scale: float, *, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`mla_decode` before its merge: each split's own result, float32 `[B·T·H, splits, C]`, and the base-2 logarithm of its
+    sum of weights, float32 `[B·T·H, splits]`; -inf where a split has no rows, and its result was not written then."""
+    latent = _check(q, cache, table, lengths)
+    batch, tokens, heads, width = q.shape
+    target, fp8 = chip(q.device), cache.dtype == torch.uint8
+    if splits is None:
+        splits = kv_splits(batch, heads, tokens, table.shape[1] * PAGE, target.sms)
+    tiles, queries = decode_tiles(tokens * heads, target.capability, fp8), batch * tokens * heads
+    part = torch.empty(queries, splits, latent, dtype=torch.float32, device=q.device)
+    lse = torch.empty(queries, splits, dtype=torch.float32, device=q.device)
+    grid = (splits, triton.cdiv(tokens * heads, tiles.queries), batch)
+    _decode_kernel[grid](
+        q, cache, table, lengths, part, lse, scale * LOG2_E, table.shape[1],
+        **_constants(heads, tokens, latent, width - latent, splits, tiles, target, fp8),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **launch_early(q.device),
+    )  # fmt: skip
+    return part, lse
+
+
+def _constants(
+    heads: int, tokens: int, latent: int, rope: int, splits: int, tiles: DecodeTiles, target: Chip, fp8: bool = False
+) -> dict[str, Any]:
+    # Packed rows are unpacked in all 255 registers that a thread has; with shares of 64 rows the compiler spills one or two
     return {
         "HEADS": heads, "TOKENS": tokens, "LATENT": latent, "ROPE": rope, "SPLITS": splits, "PAGE": PAGE,
-        "QUERIES": tiles.queries, "ROWS": tiles.rows, "LEAST": min(tiles.rows, _LEAST_ROWS), "INTERPRET": INTERPRET,
+        "QUERIES": tiles.queries, "ROWS": tiles.rows, "LEAST": 32 if fp8 else min(tiles.rows, _LEAST_ROWS),
+        "FP8": fp8, "EARLY": starts_early(target), "INTERPRET": INTERPRET,
     }  # fmt: skip
 
 
@@ -196,11 +242,11 @@ def _columns(latent: int) -> int:
     return min(latent, _MERGE_COLUMNS)
 
 
-def _merge_constants(latent: int, splits: int) -> dict[str, Any]:
+def _merge_constants(latent: int, splits: int, target: Chip) -> dict[str, Any]:
     padded = triton.next_power_of_2(splits)
     return {
         "LATENT": latent, "SPLITS": splits, "PADDED": padded, "PART": min(padded, _MERGE_SPLITS),
-        "COLUMNS": _columns(latent), "INTERPRET": INTERPRET,
+        "COLUMNS": _columns(latent), "EARLY": starts_early(target), "INTERPRET": INTERPRET,
     }  # fmt: skip
 
 
@@ -208,14 +254,16 @@ def _check(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor) -> int:
     """The width of the latent: the largest power of two below a row's."""
     if q.dim() != 4 or q.dtype != torch.bfloat16 or not q.is_contiguous() or not 1 <= q.shape[1] <= MAX_TOKENS:
         raise ValueError(f"`q` must be contiguous bfloat16 [B, 1 to {MAX_TOKENS}, H, C+R], not {q.dtype} {q.shape}.")
-    if cache.dim() != 2 or cache.dtype != q.dtype or not cache.is_contiguous() or cache.shape[1] != q.shape[3]:
-        raise ValueError(
-            f"`cache` must be contiguous {q.dtype} [slots, {q.shape[3]}], not {cache.dtype} {cache.shape}."
-        )
     latent = 1 << (q.shape[3] - 1).bit_length() - 1
     rope = q.shape[3] - latent
     if rope < 16 or rope & rope - 1:
         raise ValueError(f"`q` must have rows of two powers of two, the smaller of at least 16, not {q.shape[3]}.")
+    if cache.dtype == torch.uint8:
+        check_packed(cache, latent, rope)
+    elif cache.dim() != 2 or cache.dtype != q.dtype or not cache.is_contiguous() or cache.shape[1] != q.shape[3]:
+        raise ValueError(
+            f"`cache` must be contiguous {q.dtype} [slots, {q.shape[3]}], not {cache.dtype} {cache.shape}."
+        )
     for name, value, shape in (("table", table, (q.shape[0], -1)), ("lengths", lengths, (q.shape[0],))):
         fits = value.dim() == len(shape) and value.shape[0] == shape[0] and value.shape.numel() > 0
         if not fits or value.dtype != torch.int32 or not value.is_contiguous():
@@ -224,19 +272,21 @@ def _check(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor) -> int:
 
 
 def compile_cases(capability: int = 90) -> Iterator[CompileCase]:
-    """Both kernels for Kimi-K2 and Moonlight, 1 to 8 tokens, one sequence of up to 262,144 rows; and the merge of a single
-    split, as long appends have it."""
-    merged = {1}
-    for (model, heads), tokens in ((m, t) for m in (("k2", 64), ("moonlight", 16)) for t in (1, 2, 4, 8)):
-        splits, tiles = kv_splits(1, heads, tokens, 1 << 18, HOPPER.sms), decode_tiles(heads * tokens, capability)
+    """Both kernels for Kimi-K2 and Moonlight, 1 to 8 tokens, one sequence of up to 262,144 rows, as they are and packed; and
+    the merge of a single split, as long appends have it."""
+    merged, target = {1}, Chip(capability, HOPPER.sms)
+    formats = (False, True) if capability >= MIN_CAPABILITY else (False,)
+    shapes = ((m, t, fp8) for m in (("k2", 64), ("moonlight", 16)) for t in (1, 2, 4, 8) for fp8 in formats)
+    for (model, heads), tokens, fp8 in shapes:
+        splits, tiles = kv_splits(1, heads, tokens, 1 << 18, HOPPER.sms), decode_tiles(heads * tokens, capability, fp8)
         merged.add(splits)
-        constants = _constants(heads, tokens, 512, 64, splits, tiles)
-        signature = {"p_q": "*bf16", "p_cache": "*bf16", "p_table": "*i32", "p_lengths": "*i32", "p_part": "*fp32",
-                     "p_lse": "*fp32", "scale": "fp32", "pages": "i32"}  # fmt: skip
+        constants = _constants(heads, tokens, 512, 64, splits, tiles, target, fp8)
+        signature = {"p_q": "*bf16", "p_cache": "*u8" if fp8 else "*bf16", "p_table": "*i32", "p_lengths": "*i32",
+                     "p_part": "*fp32", "p_lse": "*fp32", "scale": "fp32", "pages": "i32"}  # fmt: skip
         signature |= dict.fromkeys(constants, "constexpr")
-        name = f"mla_decode-{model}-{tokens}"
+        name = f"mla_decode-{model}-{tokens}" + ("-fp8" if fp8 else "")
         yield CompileCase(name, _decode_kernel, signature, constants, tiles.num_warps, tiles.num_stages, decode=True)
     for splits in sorted(merged):
-        constants = _merge_constants(512, splits)
+        constants = _merge_constants(512, splits, target)
         signature = {"p_part": "*fp32", "p_lse": "*fp32", "p_out": "*bf16", **dict.fromkeys(constants, "constexpr")}
         yield CompileCase(f"mla_merge-{splits}", _merge_kernel, signature, constants, 4, 3, decode=True)

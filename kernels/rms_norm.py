@@ -9,11 +9,13 @@ the residual would move 72 KB a row and cost one launch more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import POINTERS, CompileCase
+from thinkloop.kernels.target import HOPPER, Chip, chip, launch_early, starts_early, wait_for_inputs
 from torch import Tensor
 
 MAX_WIDTH = 32768
@@ -42,11 +44,14 @@ def normed(b_x, eps, WIDTH: tl.constexpr):
 
 @triton.jit
 def _rms_norm_kernel(
-    p_x, p_residual, p_weight, p_out, s_x, s_residual, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    p_x, p_residual, p_weight, p_out, s_x, s_residual, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     o_column = tl.arange(0, BLOCK)
     inside = o_column < WIDTH
+    if p_weight is not None:
+        b_weight = tl.load(p_weight + o_column, mask=inside, other=0.0)
+    wait_for_inputs(EARLY)
     b_x = tl.load(p_x + i_row * s_x + o_column, mask=inside, other=0.0)
     if p_residual is not None:
         p_row = p_residual + i_row * s_residual + o_column
@@ -55,7 +60,6 @@ def _rms_norm_kernel(
         tl.store(p_row, b_x, mask=inside)
     b_out = normed(b_x.to(tl.float32), eps, WIDTH).to(p_out.dtype.element_ty)
     if p_weight is not None:
-        b_weight = tl.load(p_weight + o_column, mask=inside, other=0.0)
         b_out = (b_out.to(tl.float32) * b_weight.to(tl.float32)).to(p_out.dtype.element_ty)
     tl.store(p_out + i_row * WIDTH + o_column, b_out, mask=inside)
 
@@ -76,7 +80,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor |
     tiles = norm_tiles(width)
     _rms_norm_kernel[(rows,)](
         x, residual, weight, out, x.stride(0), 0 if residual is None else residual.stride(0), eps, WIDTH=width,
-        BLOCK=tiles.block, num_warps=tiles.num_warps,
+        BLOCK=tiles.block, EARLY=starts_early(chip(x.device)), num_warps=tiles.num_warps, **launch_early(x.device),
     )  # fmt: skip
     return out
 
@@ -96,18 +100,19 @@ def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> None:
         raise ValueError("`residual` must not have rows that overlap: it is written in place.")
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(capability: int = 90) -> list[CompileCase]:
     """The hidden widths of Kimi-K2 and Moonlight with a residual, and the plain norm of K2's latent query."""
     return [
-        _case("rms_norm-k2", 7168, residual=True),
-        _case("rms_norm-moonlight", 2048, residual=True),
-        _case("rms_norm-k2-query", 1536, residual=False),
+        _case("rms_norm-k2", 7168, residual=True, capability=capability),
+        _case("rms_norm-moonlight", 2048, residual=True, capability=capability),
+        _case("rms_norm-k2-query", 1536, residual=False, capability=capability),
     ]
 
 
-def _case(name: str, width: int, *, residual: bool) -> CompileCase:
+def _case(name: str, width: int, *, residual: bool, capability: int) -> CompileCase:
     tiles = norm_tiles(width)
-    constexprs = {"WIDTH": width, "BLOCK": tiles.block} | ({} if residual else {"p_residual": None})
+    constexprs: dict[str, Any] = {"WIDTH": width, "BLOCK": tiles.block, "EARLY": starts_early(Chip(capability, HOPPER.sms))}
+    constexprs |= {} if residual else {"p_residual": None}
     signature = dict.fromkeys(["p_x", "p_residual", "p_weight", "p_out"], POINTERS[torch.bfloat16])
     signature |= {"s_x": "i32", "s_residual": "i32", "eps": "fp32"} | dict.fromkeys(constexprs, "constexpr")
     return CompileCase(name, _rms_norm_kernel, signature, constexprs, tiles.num_warps, num_stages=1, decode=True)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import POINTERS, CompileCase
 from thinkloop.kernels.rms_norm import normed
+from thinkloop.kernels.target import HOPPER, Chip, chip, launch_early, starts_early, wait_for_inputs
 from torch import Tensor
 
 MAX_LATENT = 8192
@@ -52,8 +53,9 @@ def _rotated(b_x, b_turn, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def _rope_and_store_kernel(
     p_q, p_row, p_norm, p_table, p_positions, p_slots, p_cache, s_q_token, s_q_head, s_row, s_table, s_cache, eps,
     HEADS: tl.constexpr, NOPE: tl.constexpr, LATENT: tl.constexpr, ROTATED: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_LATENT: tl.constexpr, BLOCK_ROTATED: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_LATENT: tl.constexpr, BLOCK_ROTATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     i_token, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(p_slots + i_token).to(tl.int64)
     position = tl.load(p_positions + i_token).to(tl.int64)
@@ -111,7 +113,8 @@ def rope_and_store(
     _rope_and_store_kernel[(tokens, tiles.programs)](
         q, row, kv_norm, table, positions, slots, cache, q.stride(0), q.stride(1), row.stride(0), table.stride(0),
         cache.stride(0), eps, HEADS=heads, NOPE=channels - rotated, LATENT=latent, ROTATED=rotated,
-        BLOCK_HEADS=tiles.heads, BLOCK_LATENT=tiles.latent, BLOCK_ROTATED=tiles.rotated, num_warps=tiles.num_warps,
+        BLOCK_HEADS=tiles.heads, BLOCK_LATENT=tiles.latent, BLOCK_ROTATED=tiles.rotated,
+        EARLY=starts_early(chip(q.device)), num_warps=tiles.num_warps, **launch_early(q.device),
     )  # fmt: skip
 
 
@@ -138,17 +141,17 @@ def _check(
             raise ValueError(f"`{name}` must be contiguous int32 or int64 [{tokens}], not {index.dtype} {index.shape}.")
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(capability: int = 90) -> list[CompileCase]:
     """Kimi-K2 and Moonlight."""
-    return [_case("rope_cache-k2", 64), _case("rope_cache-moonlight", 16)]
+    return [_case("rope_cache-k2", 64, capability), _case("rope_cache-moonlight", 16, capability)]
 
 
-def _case(name: str, heads: int) -> CompileCase:
+def _case(name: str, heads: int, capability: int) -> CompileCase:
     nope, latent, rotated = 128, 512, 64
     tiles = rope_tiles(heads, latent, rotated)
     constexprs = {
         "HEADS": heads, "NOPE": nope, "LATENT": latent, "ROTATED": rotated, "BLOCK_HEADS": tiles.heads,
-        "BLOCK_LATENT": tiles.latent, "BLOCK_ROTATED": tiles.rotated,
+        "BLOCK_LATENT": tiles.latent, "BLOCK_ROTATED": tiles.rotated, "EARLY": starts_early(Chip(capability, HOPPER.sms)),
     }  # fmt: skip
     signature = dict.fromkeys(["p_q", "p_row", "p_norm"], POINTERS[torch.bfloat16])
     signature |= {"p_table": "*fp32", "p_positions": "*i64", "p_slots": "*i64", "p_cache": POINTERS[torch.bfloat16]}

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import CompileCase
+from thinkloop.kernels.target import HOPPER, Chip, chip, launch_early, starts_early, wait_for_inputs
 from torch import Tensor
 
 EMPTY = tl.constexpr(-(2**31))
@@ -27,7 +28,8 @@ EMPTY = tl.constexpr(-(2**31))
 
 @dataclass(frozen=True, slots=True)
 class RouterTiles:
-    """Powers of two that hold a token's experts as `groups` by `members`, and its choice."""
+    """Powers of two that hold a token's experts as `groups` by `members`, and its choice. Where there are no groups, a row of
+    up to 128 takes their place, of which a lane loads 16 bytes."""
 
     groups: int
     members: int
@@ -38,6 +40,8 @@ class RouterTiles:
 def router_tiles(experts: int, groups: int, top_k: int) -> RouterTiles:
     """One warp up to 1,024 experts, 32 a lane; beyond, registers are worth more than barriers cost."""
     rows, columns = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)
+    if groups == 1:
+        rows, columns = triton.cdiv(columns, 128), min(columns, 128)
     return RouterTiles(rows, columns, triton.next_power_of_2(top_k), num_warps=1 if rows * columns <= 1024 else 4)
 
 
@@ -56,63 +60,101 @@ def key_value(b_key):
 
 
 @triton.jit
+def _most(b_value):
+    """Each token's largest, of `[tokens, rows, members]`; of one token a scalar, which threads needn't exchange to use."""
+    ONE: tl.constexpr = b_value.shape[0] == 1
+    return tl.max(b_value) if ONE else tl.max(tl.max(b_value, axis=1, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
+def _least(b_value):
+    ONE: tl.constexpr = b_value.shape[0] == 1
+    return tl.min(b_value) if ONE else tl.min(tl.min(b_value, axis=1, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
+def _sum(b_value):
+    ONE: tl.constexpr = b_value.shape[0] == 1
+    return tl.sum(b_value) if ONE else tl.sum(tl.sum(b_value, axis=1, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
 def _without_lesser_groups(b_key, top_groups, SIGMOID: tl.constexpr, GROUPS: tl.constexpr):
-    """`b_key [groups, members]`, EMPTY outside the `top_groups` best groups; of equal groups the first is better."""
-    o_group, o_member = tl.arange(0, b_key.shape[0]), tl.arange(0, b_key.shape[1])
-    b_worth = tl.max(b_key, axis=1)
+    """`b_key [tokens, groups, members]`, EMPTY outside the `top_groups` best groups; of equal groups the first is better."""
+    o_group, o_member = tl.arange(0, b_key.shape[1])[None, :, None], tl.arange(0, b_key.shape[2])[None, None, :]
+    b_worth = tl.max(b_key, axis=2, keep_dims=True)
     if SIGMOID:  # the sum of the two best
-        o_best = tl.min(tl.where(b_key == b_worth[:, None], o_member[None, :], b_key.shape[1]), axis=1)
-        b_second = tl.max(tl.where(o_member[None, :] == o_best[:, None], EMPTY, b_key), axis=1)
+        o_best = tl.min(tl.where(b_key == b_worth, o_member, b_key.shape[2]), axis=2, keep_dims=True)
+        b_second = tl.max(tl.where(o_member == o_best, EMPTY, b_key), axis=2, keep_dims=True)
         b_worth = order_key(key_value(b_worth) + key_value(b_second))
     b_worth = tl.where(o_group < GROUPS, b_worth, EMPTY)
     kept = 0
     while kept < top_groups:
-        o_winner = tl.min(tl.where(b_worth == tl.max(b_worth), o_group, b_key.shape[0]))
+        o_winner = _least(tl.where(b_worth == _most(b_worth), o_group, b_key.shape[1]))
         b_worth = tl.where(o_group == o_winner, EMPTY, b_worth)
         kept += 1
-    return tl.where(b_worth[:, None] == EMPTY, b_key, EMPTY)
+    return tl.where(b_worth == EMPTY, b_key, EMPTY)
+
+
+@triton.jit
+def choose(
+    p_logits, p_bias, p_ids, p_shares, s_logits, scale, top_k, top_groups, o_token, b_real, EXPERTS: tl.constexpr,
+    GROUPS: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Chooses for each of `o_token [tokens, 1, 1]` that is real. Where there are as many as warps, each warp has one, and no
+    reduction waits at a barrier."""
+    MEMBERS: tl.constexpr = EXPERTS // GROUPS if GROUPS > 1 else BLOCK_MEMBERS
+    o_group, o_member = tl.arange(0, BLOCK_GROUPS)[None, :, None], tl.arange(0, BLOCK_MEMBERS)[None, None, :]
+    o_k = tl.arange(0, BLOCK_K)[None, None, :]
+    o_expert = o_group * MEMBERS + o_member
+    exists = (o_member < MEMBERS) & (o_expert < EXPERTS)
+    p_rows = p_logits + o_token * s_logits
+    b_logits = tl.load(p_rows + o_expert, mask=exists & b_real, other=float("-inf"))
+    if SIGMOID:
+        b_choice = tl.sigmoid(b_logits)
+    else:
+        peak = _most(b_logits)
+        total = _sum(tl.exp(b_logits - peak))
+        b_choice = tl.exp(b_logits - peak) / total
+    if p_bias is not None:
+        o_own = o_expert + 0 * o_token  # each token's own: loaded once for all, it would have to be handed around
+        b_choice += tl.load(p_bias + o_own, mask=exists & b_real, other=0.0)
+    b_key = tl.where(exists, order_key(b_choice), EMPTY)
+    if GROUPS > 1:
+        b_key = _without_lesser_groups(b_key, top_groups, SIGMOID, GROUPS)
+
+    b_ids = tl.zeros([o_token.shape[0], 1, BLOCK_K], tl.int32)
+    k = 0
+    while k < top_k:  # a bound known at run time: for K2 half the instructions of the unrolled loop, which load cold
+        o_winner = _least(tl.where(b_key == _most(b_key), o_expert, EXPERTS))
+        b_key = tl.where(o_expert == o_winner, EMPTY, b_key)
+        b_ids = tl.where(o_k == k, o_winner, b_ids)
+        k += 1
+
+    # Loading the chosen logits again, from L1, is one step; keeping their scores would take a reduction for each.
+    b_chosen = tl.load(p_rows + b_ids, mask=b_real, other=0.0)
+    b_shares = tl.sigmoid(b_chosen) if SIGMOID else tl.exp(b_chosen - peak) / total
+    if NORMALISE:
+        b_shares = b_shares / (_sum(tl.where(o_k < top_k, b_shares, 0.0)) + 1e-20)
+    o_out = o_token * top_k + o_k
+    inside = (o_k < top_k) & b_real
+    tl.store(p_ids + o_out, b_ids, mask=inside)
+    tl.store(p_shares + o_out, b_shares * scale, mask=inside)
 
 
 @triton.jit
 def _route_kernel(
     p_logits, p_bias, p_ids, p_shares, s_logits, scale, top_k, top_groups, EXPERTS: tl.constexpr,
     GROUPS: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, BLOCK_MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_MEMBERS: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    i_token = tl.program_id(0).to(tl.int64)
-    p_row = p_logits + i_token * s_logits
-    o_group, o_member, o_k = tl.arange(0, BLOCK_GROUPS), tl.arange(0, BLOCK_MEMBERS), tl.arange(0, BLOCK_K)
-    o_expert = o_group[:, None] * (EXPERTS // GROUPS) + o_member[None, :]
-    exists = (o_group[:, None] < GROUPS) & (o_member[None, :] < EXPERTS // GROUPS)
-    b_logits = tl.load(p_row + o_expert, mask=exists, other=float("-inf"))
-    if SIGMOID:
-        b_choice = tl.sigmoid(b_logits)
-    else:
-        peak = tl.max(b_logits)
-        total = tl.sum(tl.exp(b_logits - peak))
-        b_choice = tl.exp(b_logits - peak) / total
-    if p_bias is not None:
-        b_choice += tl.load(p_bias + o_expert, mask=exists, other=0.0)
-    b_key = tl.where(exists, order_key(b_choice), EMPTY)
-    if GROUPS > 1:
-        b_key = _without_lesser_groups(b_key, top_groups, SIGMOID, GROUPS)
-
-    b_ids = tl.zeros([BLOCK_K], tl.int32)
-    k = 0
-    while k < top_k:  # a bound known at run time: for K2 half the instructions of the unrolled loop, which load cold
-        o_winner = tl.min(tl.where(b_key == tl.max(b_key), o_expert, EXPERTS))
-        b_key = tl.where(o_expert == o_winner, EMPTY, b_key)
-        b_ids = tl.where(o_k == k, o_winner, b_ids)
-        k += 1
-
-    # Loading the chosen logits again, from L1, is one step; keeping their scores would take a reduction for each.
-    b_chosen = tl.load(p_row + b_ids)
-    b_shares = tl.sigmoid(b_chosen) if SIGMOID else tl.exp(b_chosen - peak) / total
-    if NORMALISE:
-        b_shares = b_shares / (tl.sum(tl.where(o_k < top_k, b_shares, 0.0)) + 1e-20)
-    o_out = i_token * top_k + o_k
-    tl.store(p_ids + o_out, b_ids, mask=o_k < top_k)
-    tl.store(p_shares + o_out, b_shares * scale, mask=o_k < top_k)
+    wait_for_inputs(EARLY)
+    o_token = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None, None]
+    choose(
+        p_logits, p_bias, p_ids, p_shares, s_logits, scale, top_k, top_groups, o_token, o_token >= 0, EXPERTS, GROUPS,
+        SIGMOID, NORMALISE, BLOCK_GROUPS, BLOCK_MEMBERS, BLOCK_K,
+    )  # fmt: skip
 
 
 def route(
@@ -135,7 +177,8 @@ def route(
     _route_kernel[(tokens,)](
         logits, bias, ids, shares, logits.stride(0), scale, top_k, top_groups, EXPERTS=experts, GROUPS=groups,
         SIGMOID=scoring == "sigmoid", NORMALISE=normalise, BLOCK_GROUPS=tiles.groups, BLOCK_MEMBERS=tiles.members,
-        BLOCK_K=tiles.chosen, num_warps=tiles.num_warps,
+        BLOCK_K=tiles.chosen, EARLY=starts_early(chip(logits.device)), num_warps=tiles.num_warps,
+        **launch_early(logits.device),
     )  # fmt: skip
     return ids, shares
 
@@ -159,21 +202,24 @@ def _check(logits: Tensor, bias: Tensor | None, top_k: int, groups: int, top_gro
         raise ValueError(f"`top_k` must be from 1 to {within}, the experts that can be chosen, not {top_k}.")
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(capability: int = 90) -> list[CompileCase]:
     """Kimi-K2, Moonlight, DeepSeek-V3 and DeepSeek-V2-Lite."""
     return [
-        _case("router-k2", 384, 8),
-        _case("router-moonlight", 64, 6),
-        _case("router-v3", 256, 8, groups=8),
-        _case("router-v2-lite", 64, 6, sigmoid=False),
+        _case("router-k2", capability, 384, 8),
+        _case("router-moonlight", capability, 64, 6),
+        _case("router-v3", capability, 256, 8, groups=8),
+        _case("router-v2-lite", capability, 64, 6, sigmoid=False),
     ]
 
 
-def _case(name: str, experts: int, top_k: int, *, groups: int = 1, sigmoid: bool = True) -> CompileCase:
+def _case(
+    name: str, capability: int, experts: int, top_k: int, *, groups: int = 1, sigmoid: bool = True
+) -> CompileCase:
     tiles = router_tiles(experts, groups, top_k)
     constexprs = {
         "EXPERTS": experts, "GROUPS": groups, "SIGMOID": sigmoid, "NORMALISE": sigmoid, "BLOCK_GROUPS": tiles.groups,
         "BLOCK_MEMBERS": tiles.members, "BLOCK_K": tiles.chosen,
+        "EARLY": starts_early(Chip(capability, HOPPER.sms)),
     } | ({} if sigmoid else {"p_bias": None})  # fmt: skip
     signature = {"p_logits": "*fp32", "p_bias": "*fp32", "p_ids": "*i32", "p_shares": "*fp32", "s_logits": "i32",
                  "scale": "fp32", "top_k": "i32", "top_groups": "i32"} | dict.fromkeys(constexprs, "constexpr")  # fmt: skip

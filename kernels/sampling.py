@@ -28,6 +28,7 @@ from thinkloop.kernels.sampling_threshold import (
     search_key,
     token_weights,
 )
+from thinkloop.kernels.target import HOPPER, Chip, chip, launch_early, starts_early, wait_for_inputs
 from torch import Tensor
 
 _WARPS = 8
@@ -35,7 +36,10 @@ _TYPES = (torch.bfloat16, torch.float32)
 
 
 @triton.jit
-def _tile_best_kernel(p_logits, p_allowed, p_best, s_logits, VOCAB: tl.constexpr, TILE: tl.constexpr):
+def _tile_best_kernel(
+    p_logits, p_allowed, p_best, s_logits, VOCAB: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(EARLY)
     i_tile, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b_logits, o_token = load_tile(p_logits, p_allowed, s_logits, i_row, i_tile, VOCAB, TILE)
     b_ranked = (order_key(b_logits).to(tl.int64) << 32) | (0x7FFFFFFF - o_token).to(tl.int64)
@@ -43,7 +47,8 @@ def _tile_best_kernel(p_logits, p_allowed, p_best, s_logits, VOCAB: tl.constexpr
 
 
 @triton.jit
-def _argmax_kernel(p_best, p_ids, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr):
+def _argmax_kernel(p_best, p_ids, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_inputs(EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     _, token = row_best(p_best, i_row, TILES, BLOCK_TILES)
     tl.store(p_ids + i_row, token)
@@ -66,8 +71,9 @@ def _filtered(
 @triton.jit
 def _tile_sum_kernel(
     p_logits, p_allowed, p_best, p_temperature, p_min_p, p_threshold, p_sums, s_logits, VOCAB: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     i_tile, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     peak, _ = row_best(p_best, i_row, TILES, BLOCK_TILES)
     b_weights = _filtered(
@@ -79,8 +85,9 @@ def _tile_sum_kernel(
 @triton.jit
 def _draw_kernel(
     p_logits, p_allowed, p_best, p_temperature, p_min_p, p_threshold, p_sums, p_uniform, p_ids, s_logits,
-    VOCAB: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    VOCAB: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     peak, best = row_best(p_best, i_row, TILES, BLOCK_TILES)
     o_tile = tl.arange(0, BLOCK_TILES)
@@ -108,7 +115,7 @@ def argmax(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
         best = _tile_best(logits, mask)
-        _argmax_kernel[(rows,)](best, ids, TILES=tiles.count, BLOCK_TILES=tiles.block, num_warps=1)
+        _argmax_kernel[(rows,)](best, ids, TILES=tiles.count, BLOCK_TILES=tiles.block, num_warps=1, **_early(logits))
     return ids
 
 
@@ -141,8 +148,9 @@ def sample(
     sums = torch.empty_like(best)
     arguments = logits, mask, best, temperature, min_p, threshold, sums
     options = {"VOCAB": logits.shape[1], "TILE": tiles.width, "TILES": tiles.count, "BLOCK_TILES": tiles.block}
-    _tile_sum_kernel[(tiles.count, rows)](*arguments, logits.stride(0), num_warps=_WARPS, **options)
-    _draw_kernel[(rows,)](*arguments, uniform, ids, logits.stride(0), num_warps=_WARPS, **options)
+    options |= {"num_warps": _WARPS} | _early(logits)
+    _tile_sum_kernel[(tiles.count, rows)](*arguments, logits.stride(0), **options)
+    _draw_kernel[(rows,)](*arguments, uniform, ids, logits.stride(0), **options)
     return ids
 
 
@@ -151,9 +159,14 @@ def _tile_best(logits: Tensor, mask: Tensor | None) -> Tensor:
     (rows, vocab), tiles = logits.shape, sampling_tiles(logits.shape[1])
     best = torch.empty(rows, tiles.count, dtype=torch.int64, device=logits.device)
     _tile_best_kernel[(tiles.count, rows)](
-        logits, mask, best, logits.stride(0), VOCAB=vocab, TILE=tiles.width, num_warps=_WARPS
+        logits, mask, best, logits.stride(0), VOCAB=vocab, TILE=tiles.width, num_warps=_WARPS, **_early(logits)
     )
     return best
+
+
+def _early(logits: Tensor) -> dict[str, bool]:
+    """How its kernels are launched."""
+    return {"EARLY": starts_early(chip(logits.device)), **launch_early(logits.device)}
 
 
 def _checked(logits: Tensor, allowed: Tensor | None) -> Tensor | None:
@@ -178,21 +191,23 @@ def _check_row(logits: Tensor, name: str, value: Tensor | None, *dtypes: torch.d
         raise ValueError(f"`{name}` must be {dtypes[0]} [{logits.shape[0]}], not {value.dtype} {value.shape}.")
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(capability: int = 90) -> list[CompileCase]:
     """Each kernel with every filter and with none, over the vocabulary that Kimi-K2 and Moonlight share."""
     tiled = (_tile_best_kernel, _tile_sum_kernel, _draw_kernel)
-    cases = [_case(kernel, logits, every) for kernel in tiled for logits in _TYPES for every in (False, True)]
-    return [*cases, _case(_argmax_kernel, torch.float32, True)]
+    cases = [
+        _case(kernel, logits, every, capability) for kernel in tiled for logits in _TYPES for every in (False, True)
+    ]
+    return [*cases, _case(_argmax_kernel, torch.float32, True, capability)]
 
 
-def _case(kernel: Any, logits: torch.dtype, every: bool) -> CompileCase:
+def _case(kernel: Any, logits: torch.dtype, every: bool, capability: int) -> CompileCase:
     tiles, optional = sampling_tiles(163840), ("p_allowed", "p_min_p", "p_threshold")
     types = {
         "p_logits": POINTERS[logits], "p_allowed": "*u8", "p_temperature": "*fp32", "p_min_p": "*fp32",
         "p_uniform": "*fp64", "s_logits": "i32",
     }  # fmt: skip
     values: dict[str, Any] = {"VOCAB": 163840, "TILE": tiles.width, "TILES": tiles.count, "BLOCK_TILES": tiles.block}
-    values |= {} if every else dict.fromkeys(optional)
+    values |= {"EARLY": starts_early(Chip(capability, HOPPER.sms))} | ({} if every else dict.fromkeys(optional))
     signature = {name: "constexpr" if name in values else types.get(name, "*i64") for name in kernel.arg_names}
     constexprs = {name: value for name, value in values.items() if name in signature}
     name = (

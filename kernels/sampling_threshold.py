@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import POINTERS, CompileCase
 from thinkloop.kernels.router import key_value, order_key
+from thinkloop.kernels.target import HOPPER, Chip, chip, launch_early, starts_early, wait_for_inputs
 from torch import Tensor
 
 MAX_VOCAB = 2**18
@@ -119,8 +120,9 @@ def _found(p_sums, p_wanted, i_row, step, MASS: tl.constexpr, STEPS: tl.constexp
 def _search_kernel(
     p_logits, p_allowed, p_best, p_temperature, p_wanted, p_floor, p_sums, s_logits, step, VOCAB: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr, MASS: tl.constexpr, STEPS: tl.constexpr,
-    BITS: tl.constexpr,
+    BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     i_tile, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b_logits, o_token = load_tile(p_logits, p_allowed, s_logits, i_row, i_tile, VOCAB, TILE)
     b_key = search_key(b_logits)
@@ -139,7 +141,10 @@ def _search_kernel(
 
 
 @triton.jit
-def _threshold_kernel(p_sums, p_wanted, p_threshold, MASS: tl.constexpr, STEPS: tl.constexpr, BITS: tl.constexpr):
+def _threshold_kernel(
+    p_sums, p_wanted, p_threshold, MASS: tl.constexpr, STEPS: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     tl.store(p_threshold + i_row, _found(p_sums, p_wanted, i_row, STEPS, MASS, STEPS, BITS))
 
@@ -156,32 +161,36 @@ def find_threshold(
     (rows, vocab), tiles, steps = logits.shape, sampling_tiles(logits.shape[1]), search_steps(logits.dtype)
     sums = torch.zeros(rows, steps, 1 << KEY_BITS, dtype=torch.int64, device=logits.device)
     threshold = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    mass = wanted.is_floating_point()
+    mass, early = (
+        wanted.is_floating_point(),
+        {"EARLY": starts_early(chip(logits.device)), **launch_early(logits.device)},
+    )
     for step in range(steps):
         _search_kernel[(tiles.count, rows)](
             logits, mask, best, temperature, wanted, floor, sums, logits.stride(0), step, VOCAB=vocab, TILE=tiles.width,
             TILES=tiles.count, BLOCK_TILES=tiles.block, MASS=mass, STEPS=steps, BITS=KEY_BITS,
-            num_warps=_WARPS,
+            num_warps=_WARPS, **early,
         )  # fmt: skip
-    _threshold_kernel[(rows,)](sums, wanted, threshold, MASS=mass, STEPS=steps, BITS=KEY_BITS, num_warps=1)
+    _threshold_kernel[(rows,)](sums, wanted, threshold, MASS=mass, STEPS=steps, BITS=KEY_BITS, num_warps=1, **early)
     return threshold
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(capability: int = 90) -> list[CompileCase]:
     """Top-k and top-p over the vocabulary that Kimi-K2 and Moonlight share, from bfloat16 and from float32."""
+    early = starts_early(Chip(capability, HOPPER.sms))
     return [
         case
         for logits in (torch.bfloat16, torch.float32)
         for mass in (False, True)
-        for case in (_search_case(logits, mass), _threshold_case(logits, mass))
+        for case in (_search_case(logits, mass, early), _threshold_case(logits, mass, early))
     ]
 
 
-def _search_case(logits: torch.dtype, mass: bool) -> CompileCase:
+def _search_case(logits: torch.dtype, mass: bool, early: bool) -> CompileCase:
     tiles = sampling_tiles(163840)
     constexprs = {
         "VOCAB": 163840, "TILE": tiles.width, "TILES": tiles.count, "BLOCK_TILES": tiles.block, "MASS": mass,
-        "STEPS": search_steps(logits), "BITS": KEY_BITS,
+        "STEPS": search_steps(logits), "BITS": KEY_BITS, "EARLY": early,
     }  # fmt: skip
     signature = {
         "p_logits": POINTERS[logits], "p_allowed": "*u8", "p_best": "*i64", "p_temperature": "*fp32",
@@ -191,8 +200,8 @@ def _search_case(logits: torch.dtype, mass: bool) -> CompileCase:
     return CompileCase(name, _search_kernel, signature, constexprs, _WARPS, num_stages=1, decode=True)
 
 
-def _threshold_case(logits: torch.dtype, mass: bool) -> CompileCase:
-    constexprs = {"MASS": mass, "STEPS": search_steps(logits), "BITS": KEY_BITS}
+def _threshold_case(logits: torch.dtype, mass: bool, early: bool) -> CompileCase:
+    constexprs = {"MASS": mass, "STEPS": search_steps(logits), "BITS": KEY_BITS, "EARLY": early}
     signature = {"p_sums": "*i64", "p_wanted": "*fp32" if mass else "*i32", "p_threshold": "*i64"}
     signature |= dict.fromkeys(constexprs, "constexpr")
     name = f"sampling-threshold-{'top_p' if mass else 'top_k'}-{POINTERS[logits][1:]}"

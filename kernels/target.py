@@ -1,4 +1,10 @@
-"""What kernels run on: a GPU or, where there is none, Triton's interpreter; and the two operations that it gets wrong."""
+"""What kernels run on: a GPU or, where there is none, Triton's interpreter; the two operations that it gets wrong; and how a
+kernel starts before the one ahead of it has ended.
+
+On Hopper a dependent launch may become resident as soon as every program of the kernel before it has what it waited for; it
+then waits for that kernel's results (`wait_for_inputs`), but launching and the reading of weights, which no kernel writes, are
+behind it.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +35,17 @@ def chip(device: torch.device) -> Chip:
     return _chip(device.index) if device.type == "cuda" else HOPPER
 
 
+def starts_early(target: Chip) -> bool:
+    """Whether kernels are launched as dependents of the one before: Hopper and later have that. A kernel that is must call
+    `wait_for_inputs` on every path, so that each waits for all those before it."""
+    return not INTERPRET and target.capability >= 90
+
+
+def launch_early(device: torch.device) -> dict[str, bool]:
+    """The launch option of a kernel that calls `wait_for_inputs`."""
+    return {"launch_pdl": True} if starts_early(chip(device)) else {}
+
+
 @cache
 def _chip(index: int | None) -> Chip:
     about = torch.cuda.get_device_properties(index)
@@ -51,3 +68,24 @@ def dot(b_a, b_b, INTERPRET: tl.constexpr):
     if INTERPRET:
         return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32))
     return tl.dot(b_a, b_b)
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """Waits for everything the kernels before have written, then lets the next one start. Before it nothing may be written,
+    and only weights may be read, and what was written before the last kernel: that one has waited for it."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(p_from, NBYTES: tl.constexpr, EARLY: tl.constexpr):
+    """Has NBYTES (a multiple of 16) from `p_from` (16-byte aligned) brought to the second cache level, asked for by one
+    thread."""
+    if EARLY and NBYTES > 0:
+        tl.inline_asm_elementwise(
+            "{\n.reg .pred first;\n.reg .b32 thread;\nmov.u32 thread, %tid.x;\nsetp.eq.u32 first, thread, 0;\n"
+            "@first cp.async.bulk.prefetch.L2.global [$1], $2;\nmov.u32 $0, 0;\n}",
+            "=r,l,r", [p_from.to(tl.int64), NBYTES], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

@@ -115,12 +115,13 @@ def test_a_step_up_to_the_windows_last_token(pair: tuple[Runner, Runner]) -> Non
 
 
 def test_sizes_are_the_next_larger_ones() -> None:
-    assert Size.of(1, 1) == Size(1, 1)
-    assert Size.of(3, 5) == Size(4, 8)
-    assert Size.of(32, 8).tokens == BATCHES[-1] * COUNTS[-1]
+    assert Size.of(1, 1, 5) == Size(1, 1, 1024)
+    assert Size.of(3, 5, 1025) == Size(4, 8, 4096)
+    assert Size.of(32, 8, 1 << 19) == Size(32, 8, 1 << 19)
+    assert Size.of(32, 8, 1).tokens == BATCHES[-1] * COUNTS[-1]
     for wrong in ((33, 1), (1, 9)):
         with pytest.raises(ValueError, match="more than a step takes"):
-            Size.of(*wrong)
+            Size.of(*wrong, 100)
 
 
 def test_models_with_other_routers_and_without_query_compression_run_too(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from thinkloop.kernels.compile_case import CompileCase
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-FILES = ("int4_moe", "mla_decode", "mla_prefill", "rms_norm", "rope_cache", "router", "sampling", "sampling_threshold")
+FILES = (
+    "gate", "int4_moe", "kv_fp8", "linear", "mla_absorb", "mla_decode", "mla_expand", "mla_prefill", "rms_norm", "rope_cache",
+    "router", "sampling", "sampling_threshold",
+)  # fmt: skip
 _OBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -34,7 +37,8 @@ def cases(file: str, capability: int) -> list[CompileCase]:
 
 
 def used(file: str, index: int, capability: int) -> dict[str, Any]:
-    """What one case takes: registers a thread, bytes of stack and of local memory, bytes of shared memory a program."""
+    """What one case takes: registers a thread, bytes of stack and of local memory, bytes of shared memory a program; and the
+    order in which it waits for the kernel before it and lets the next one start."""
     case = cases(file, capability)[index]
     source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs, attrs=case.attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
@@ -42,11 +46,15 @@ def used(file: str, index: int, capability: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        report = subprocess.run([_OBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        report, code = (
+            subprocess.run([_OBJDUMP, what, cubin.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
     found = {kind: int(amount) for kind, amount in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return {
         "name": case.name, "kernel": case.kernel.__name__, "decode": case.decode, "warps": case.num_warps,
         "shared": compiled.metadata.shared, "registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"],
+        "dependent": re.findall(r"\b(ACQBULK|PREEXIT)\b", code),
     }  # fmt: skip
 
 

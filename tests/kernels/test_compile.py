@@ -70,6 +70,13 @@ def spills(case: dict[str, Any]) -> bool:
     return bool(case["stack"] or case["local"])
 
 
+def waits_first(case: dict[str, Any]) -> bool:
+    """Whether it lets the next kernel start only after it has waited for the one before, as each relies on the last but one
+    having ended. The assembler may turn the two around."""
+    order = case["dependent"]
+    return all(step == ("ACQBULK", "PREEXIT")[index % 2] for index, step in enumerate(order))
+
+
 def fits(case: dict[str, Any], capability: int) -> bool:
     return bool(case["shared"] <= SHARED[capability] and case["registers"] * 32 * case["warps"] <= REGISTERS)
 
@@ -80,11 +87,14 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path, capability: int) -> None
     assert len(found) > 50
     assert [case["name"] for case in found if not fits(case, capability)] == []
     assert [case["name"] for case in found if case["decode"] and spills(case)] == []
-    assert {case["kernel"] for case in found} == {
+    assert [case["name"] for case in found if not waits_first(case)] == []
+    written = {
         name
         for file in KERNELS.glob("*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
     }
+    kernels = {case["kernel"] for case in found}
+    assert kernels == written if capability >= 90 else kernels < written  # rows of fp8 are for Hopper
     assert {"k2", "moonlight"} <= {part for case in found for part in case["name"].split("-")}
 
 

@@ -199,7 +199,7 @@ def test_sorting_starts_when_shared_experts_are_common() -> None:
 
 
 def test_blocks_grow_with_the_tokens_of_an_expert() -> None:
-    assert [grouped_tiles(tokens, 384, 8).tokens for tokens in (16, 64, 512, 1024, 4096)] == [8, 8, 32, 64, 128]
+    assert [grouped_tiles(tokens, 384, 8).tokens for tokens in (16, 64, 512, 1024, 4096)] == [8, 8, 16, 32, 128]
 
 
 def test_compile_cases_are_distinct_and_cover_both_paths() -> None:

