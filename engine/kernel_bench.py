@@ -22,7 +22,7 @@ LIMIT = 1e-2
 """The largest ‖out − twin‖ / ‖twin‖ that counts as right."""
 _LAUNCHES = 20
 """Calls of a graph, at least: starting one takes microseconds, which a single short call would be charged whole."""
-_SECONDS = 0.5
+_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

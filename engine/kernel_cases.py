@@ -39,7 +39,20 @@ from thinkloop.engine.sampler import Sampler
 from thinkloop.kernels import reference
 from torch import Tensor
 
-Part = Literal["experts", "decode", "prefill", "router", "norm", "rotation", "sampling"]
+Part = Literal[
+    "experts",
+    "decode",
+    "prefill",
+    "router",
+    "norm",
+    "rotation",
+    "sampling",
+    "linear",
+    "gate",
+    "absorb",
+    "expand",
+    "bf16",
+]
 PARTS: tuple[Part, ...] = get_args(Part)
 ROTATED = 256 << 20
 """Bytes between two uses of the same data: five times an H200's second cache level."""
@@ -88,6 +101,8 @@ def spread(count: int) -> list[int]:
 
 def cases(parts: Sequence[str], device: torch.device, shapes: Sequence[Shape] = (K2, MOONLIGHT)) -> Iterator[Case]:
     """Every case of `parts` for the models in `shapes`."""
+    from thinkloop.engine.kernel_cases_decode import step_cases  # which takes the rest from here
+
     for shape in shapes:
         if "experts" in parts:
             experts = Experts(shape, device)
@@ -104,6 +119,17 @@ def cases(parts: Sequence[str], device: torch.device, shapes: Sequence[Shape] = 
                 yield from (make(shape, device, tokens) for tokens in TOKENS)
         if "sampling" in parts:
             yield from (make(shape, device, rows) for make in (greedy_case, draw_case) for rows in ROWS)
+        yield from step_cases(parts, shape, device)
+
+
+def chosen(
+    shape: Shape, device: torch.device, tokens: int, nbytes_of: Callable[[int], int]
+) -> tuple[list[Tensor], int]:
+    """Experts that `tokens` tokens choose uniformly, int32 `[T, K]` for each call, and the mean bytes of the distinct ones."""
+    expected = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
+    count = copies(nbytes_of(round(expected)))
+    ids = [torch.rand(tokens, shape.experts, device=device).topk(shape.top_k).indices.int() for _ in range(count)]
+    return ids, round(fmean(nbytes_of(len(torch.unique(one))) for one in ids))
 
 
 class Experts:
@@ -124,10 +150,7 @@ class Experts:
     def case(self, tokens: int) -> Case:
         """`tokens` tokens that choose their experts uniformly. The bytes are those of the experts that were chosen."""
         s = self.shape
-        expected = s.experts * (1 - (1 - s.top_k / s.experts) ** tokens)
-        count = copies(experts_bytes(s, round(expected)))
-        ids = [torch.rand(tokens, s.experts, device=self.device).topk(s.top_k).indices.int() for _ in range(count)]
-        nbytes = round(fmean(experts_bytes(s, len(torch.unique(one))) for one in ids))
+        ids, nbytes = chosen(s, self.device, tokens, partial(experts_bytes, s))
         name = f"{s.name}, {tokens} tokens"
         return Case("experts", name, partial(self._prepare, ids), nbytes, experts_operations(s, tokens))
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import POINTERS, CompileCase
-from thinkloop.kernels.target import HOPPER, Chip, chip, launch_early, starts_early, wait_for_inputs
+from thinkloop.kernels.target import HOPPER, INTERPRET, Chip, cast, chip, launch_early, starts_early, wait_for_inputs
 from torch import Tensor
 
 MAX_WIDTH = 32768
@@ -44,7 +44,8 @@ def normed(b_x, eps, WIDTH: tl.constexpr):
 
 @triton.jit
 def _rms_norm_kernel(
-    p_x, p_residual, p_weight, p_out, s_x, s_residual, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    p_x, p_residual, p_weight, p_out, s_x, s_residual, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     o_column = tl.arange(0, BLOCK)
@@ -56,11 +57,11 @@ def _rms_norm_kernel(
     if p_residual is not None:
         p_row = p_residual + i_row * s_residual + o_column
         b_residual = tl.load(p_row, mask=inside, other=0.0)
-        b_x = (b_x.to(tl.float32) + b_residual.to(tl.float32)).to(p_out.dtype.element_ty)
+        b_x = cast(b_x.to(tl.float32) + b_residual.to(tl.float32), p_out.dtype.element_ty, INTERPRET)
         tl.store(p_row, b_x, mask=inside)
-    b_out = normed(b_x.to(tl.float32), eps, WIDTH).to(p_out.dtype.element_ty)
+    b_out = cast(normed(b_x.to(tl.float32), eps, WIDTH), p_out.dtype.element_ty, INTERPRET)
     if p_weight is not None:
-        b_out = (b_out.to(tl.float32) * b_weight.to(tl.float32)).to(p_out.dtype.element_ty)
+        b_out = cast(b_out.to(tl.float32) * b_weight.to(tl.float32), p_out.dtype.element_ty, INTERPRET)
     tl.store(p_out + i_row * WIDTH + o_column, b_out, mask=inside)
 
 
@@ -80,7 +81,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor |
     tiles = norm_tiles(width)
     _rms_norm_kernel[(rows,)](
         x, residual, weight, out, x.stride(0), 0 if residual is None else residual.stride(0), eps, WIDTH=width,
-        BLOCK=tiles.block, EARLY=starts_early(chip(x.device)), num_warps=tiles.num_warps, **launch_early(x.device),
+        BLOCK=tiles.block, EARLY=starts_early(chip(x.device)), INTERPRET=INTERPRET, num_warps=tiles.num_warps,
+        **launch_early(x.device),
     )  # fmt: skip
     return out
 
@@ -111,7 +113,12 @@ def compile_cases(capability: int = 90) -> list[CompileCase]:
 
 def _case(name: str, width: int, *, residual: bool, capability: int) -> CompileCase:
     tiles = norm_tiles(width)
-    constexprs: dict[str, Any] = {"WIDTH": width, "BLOCK": tiles.block, "EARLY": starts_early(Chip(capability, HOPPER.sms))}
+    constexprs: dict[str, Any] = {
+        "WIDTH": width,
+        "BLOCK": tiles.block,
+        "EARLY": starts_early(Chip(capability, HOPPER.sms)),
+    }
+    constexprs |= {"INTERPRET": INTERPRET}
     constexprs |= {} if residual else {"p_residual": None}
     signature = dict.fromkeys(["p_x", "p_residual", "p_weight", "p_out"], POINTERS[torch.bfloat16])
     signature |= {"s_x": "i32", "s_residual": "i32", "eps": "fp32"} | dict.fromkeys(constexprs, "constexpr")

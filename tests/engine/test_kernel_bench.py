@@ -7,16 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 from thinkloop.engine import kernel_bench as bench
-from thinkloop.engine import kernel_cases
+from thinkloop.engine import kernel_cases, kernel_cases_decode
 from thinkloop.engine.device import EngineError
 from thinkloop.engine.kernel_shapes import (
     K2,
     MOONLIGHT,
     Shape,
+    absorb_bytes,
     decode_bytes,
     decode_operations,
+    dense_bytes,
+    expand_bytes,
     experts_bytes,
     experts_operations,
+    gate_bytes,
+    linear_bytes,
     norm_bytes,
     prefill_bytes,
     prefill_operations,
@@ -28,8 +33,9 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 TOY = Shape(
-    name="toy", hidden=64, inner=32, experts=8, top_k=2, heads=4, latent=32, rope=16, nope=16, value=16, vocab=1100
-)
+    name="toy", hidden=64, inner=32, experts=8, top_k=2, heads=4, latent=32, rope=16, nope=16, value=16, vocab=1100,
+    q_rank=48, shared=40,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +44,7 @@ def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_cases, "ROTATED", 1)
     monkeypatch.setattr(kernel_cases, "TOKENS", (1, 12))
     monkeypatch.setattr(kernel_cases, "ROWS", (1, 9))
+    monkeypatch.setattr(kernel_cases_decode, "FEW_TOKENS", (2, 16))
 
 
 def made(part: kernel_cases.Part) -> list[kernel_cases.Case]:
@@ -58,6 +65,21 @@ def test_bytes_are_those_of_the_published_shapes() -> None:
     assert norm_bytes(K2, 1) == 5 * 14_336
     assert rotation_bytes(K2, 1) == 16_384 + 2_304 + 256 + 1024
     assert sampling_bytes(K2, 1) == 655_360
+    assert dense_bytes(K2, 384) == pytest.approx(34e9, rel=0.01)
+    assert gate_bytes(K2, 1) == 384 * 14_336 + 14_336 + 1536 + 28_672 + 64
+    assert absorb_bytes(K2, 1) == 2**23 + 2 * 64 * (192 + 576) + 2304 + 256 + 1024
+    assert expand_bytes(K2, 1, 132) == 2**23 + 64 * (132 * 513 * 4 + 256)
+
+
+def test_products_are_those_of_the_published_shapes() -> None:
+    k2 = {product.name: product for product in kernel_cases_decode.products(K2)}
+    assert {name: (one.rows, one.features) for name, one in k2.items()} == {
+        "w_in": (2112, 7168), "w_q": (12_288, 1536), "w_o": (7168, 8192), "gate_up": (4096, 7168), "down": (7168, 2048),
+    }  # fmt: skip
+    moonlight = {product.name: (product.rows, product.features) for product in kernel_cases_decode.products(MOONLIGHT)}
+    assert moonlight == {"w_in": (3648, 2048), "w_o": (2048, 2048), "gate_up": (5632, 2048), "down": (2048, 2816)}
+    assert linear_bytes(1, 7168, 2048, gated=False, residual=True, parts=8) == 2 * (7168 * 2048 + 9216) + 7168 * 34
+    assert linear_bytes(2, 4096, 7168, gated=True, residual=False, parts=0) == 2 * (4096 * 7168 + 2 * 9216)
 
 
 def test_operations_are_those_of_the_published_shapes() -> None:
@@ -100,6 +122,24 @@ def test_no_two_calls_use_the_same_data(part: kernel_cases.Part) -> None:
 
 def tensors(call: kernel_cases.Call) -> list[int]:
     return [one.data_ptr() for one in call.args if isinstance(one, Tensor)]  # type: ignore[attr-defined]  # a partial
+
+
+def test_the_parts_of_a_gate_hold_against_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    from thinkloop.kernels import gate
+
+    monkeypatch.setattr(gate, "gate_pays", lambda tokens, router: False)
+    case = kernel_cases_decode.gate_case(TOY, CPU, 3)
+    prepared = case.prepare()
+    assert bench.check(case, prepared.result(), prepared.want) <= bench.LIMIT
+
+
+def test_bf16_experts_are_not_made_before_they_are_needed() -> None:
+    dense = kernel_cases_decode.Dense(TOY, CPU)
+    case = dense.case(2)
+    assert "layer" not in vars(dense)
+    assert case.nbytes <= dense_bytes(TOY, 4)
+    case.prepare()
+    assert sum(weight.nbytes for weight in vars(dense)["layer"]) == dense_bytes(TOY, 8)
 
 
 def test_a_small_models_experts_are_copied_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,8 @@ def test_a_norm_comes_first(tokens: int, features: int, weighted: bool, gated: b
     x, weight = poisoned(tokens, features, beside=16), poisoned(10, features)
     norm = Norm(poisoned(1, features)[0] if weighted else None, 1e-5)
     out = linear(x, weight, norm=norm, gated=gated, dtype=torch.float32)
-    # A row's factor may differ in its last bit, and with it a product's rounding to bfloat16, which the interpreter cuts off.
-    cut = DEVICE == "cpu" and tokens > FEW
-    assert error(out, twin(x, weight, norm=norm, gated=gated)) <= (3e-2 if cut else 5e-3)
+    # A row's factor may differ in its last bit, and with it a product's rounding to bfloat16.
+    assert error(out, twin(x, weight, norm=norm, gated=gated)) <= 1e-2
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
