@@ -4,7 +4,8 @@ Twin: `reference.rms_norm`, a float32 product, `reference.route`. Budget for one
 bfloat16, 1.3 µs at 4.3 TB/s, Moonlight's 0.3 MB; all else is latency. No kernel writes the weights, so programs have them
 in registers before the kernel ahead has ended. What is left for K2, in cycles of 1.75 GHz: the token's row from the second
 cache level 600, its sum of squares 500, the norm 250, products 500, their sums 400, fence and counter 1,300, all logits
-350, the choice 2,000: 3.4 µs. Apart they were five launches: 17.6 µs measured on an H200, and what lies between them.
+350, the choice 2,000: 3.4 µs. Measured on an H200: 5.0 µs, 2.9 for Moonlight. Apart they were five launches: 17.6 µs, and what
+lies between them.
 
 A program holds a few experts' rows and has one token: it norms the whole row (redundantly; a program an SM has nothing else
 to do while it waits), writes its part of it and its logits. The last program of a token to arrive chooses. Which one that
