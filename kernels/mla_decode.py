@@ -307,7 +307,7 @@ def compile_cases(capability: int = 90) -> Iterator[CompileCase]:
         signature |= dict.fromkeys(constants, "constexpr")
         name = f"mla_decode-{model}-{tokens}" + ("-fp8" if fp8 else "")
         yield CompileCase(name, _decode_kernel, signature, constants, tiles.num_warps, tiles.num_stages, decode=True)
-    for splits in sorted(merged):
+    for splits, part in ((splits, part) for splits in sorted(merged) for part in ("fp32", "bf16")):
         constants = _merge_constants(512, splits, target)
-        signature = {"p_part": "*fp32", "p_lse": "*fp32", "p_out": "*bf16", **dict.fromkeys(constants, "constexpr")}
-        yield CompileCase(f"mla_merge-{splits}", _merge_kernel, signature, constants, 4, 3, decode=True)
+        signature = {"p_part": f"*{part}", "p_lse": "*fp32", "p_out": "*bf16", **dict.fromkeys(constants, "constexpr")}
+        yield CompileCase(f"mla_merge-{splits}-{part}", _merge_kernel, signature, constants, 4, 3, decode=True)

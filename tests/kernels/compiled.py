@@ -18,10 +18,11 @@ import triton
 from thinkloop.kernels.compile_case import CompileCase
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 FILES = (
-    "gate", "int4_moe", "kv_fp8", "linear", "mla_absorb", "mla_decode", "mla_expand", "mla_prefill", "rms_norm", "rope_cache",
-    "router", "sampling", "sampling_threshold",
+    "gate", "int4_moe", "kv_fp8", "linear", "mla_absorb", "mla_decode", "mla_decode_hopper", "mla_expand", "mla_prefill",
+    "rms_norm", "rope_cache", "router", "sampling", "sampling_threshold",
 )  # fmt: skip
 _OBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -40,7 +41,8 @@ def used(file: str, index: int, capability: int) -> dict[str, Any]:
     """What one case takes: registers a thread, bytes of stack and of local memory, bytes of shared memory a program; and the
     order in which it waits for the kernel before it and lets the next one start."""
     case = cases(file, capability)[index]
-    source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs, attrs=case.attrs)
+    written = GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource
+    source = written(fn=case.kernel, signature=case.signature, constexprs=case.constexprs, attrs=case.attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -52,7 +54,8 @@ def used(file: str, index: int, capability: int) -> dict[str, Any]:
         )
     found = {kind: int(amount) for kind, amount in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return {
-        "name": case.name, "kernel": case.kernel.__name__, "decode": case.decode, "warps": case.num_warps,
+        "name": case.name, "kernel": case.kernel.__name__, "decode": case.decode,
+        "warps": compiled.metadata.num_warps,  # more than asked for where groups of warps are specialised
         "shared": compiled.metadata.shared, "registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"],
         "dependent": re.findall(r"\b(ACQBULK|PREEXIT)\b", code),
     }  # fmt: skip
