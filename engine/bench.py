@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from thinkloop.engine.checkpoint import Checkpoint
 from thinkloop.engine.config import ModelConfig
-from thinkloop.engine.device import Device, choose_backend, find_device, plan_device
+from thinkloop.engine.device import Device, cache_size, choose_backend, find_device, plan_device
 from thinkloop.engine.engine import MINI, Engine, default_chunk
 from thinkloop.engine.footprint import active_parameters, weight_bytes
 from thinkloop.engine.generation import GenerationStats
@@ -113,8 +113,9 @@ def open_engine(model: str, device: Device = "cpu") -> Engine:
 
 def _made_up(data: dict[str, Any], name: Device) -> tuple[Transformer, BlockPool]:
     config, device, dtype = ModelConfig.from_json(data), find_device(name), torch.bfloat16
-    tokens = config.max_position_embeddings
-    plan_device(tokens, config, dtype, device)  # which refuses what doesn't fit
+    window = config.max_position_embeddings
+    plan = plan_device(window, config, dtype, device)  # which refuses what doesn't fit
+    tokens = cache_size(None, config, dtype) if plan is None else window
     pool, backend = BlockPool(config, tokens, dtype, device), choose_backend(device, dtype)
     weights = load_weights(RandomTensors(config, device=device), dtype, device, backend=backend)
     return Transformer(config, weights), pool
@@ -123,7 +124,9 @@ def _made_up(data: dict[str, Any], name: Device) -> tuple[Transformer, BlockPool
 def read_bandwidth(device: torch.device) -> float:
     """Bytes a second in one reading of much memory, by all of torch's threads; on CUDA of so much that waiting for the result
     counts for nothing."""
-    nbytes = READ_BYTES if device.type == "cpu" else 16 * READ_BYTES
+    nbytes = READ_BYTES
+    if device.type == "cuda":
+        nbytes = min(16 * READ_BYTES, torch.cuda.mem_get_info(device)[0] // 2) // 4 * 4
     buffer = torch.ones(nbytes // 4, device=device)
     return nbytes / min(_seconds(lambda: float(buffer.amax())) for _ in range(4))
 

@@ -195,7 +195,7 @@ def plan_memory(
     Raises `EngineError` with what would fit: fewer tokens, or fewer layers.
     """
     weights, token = weight_bytes(config, dtype), cache_bytes(config, dtype, kv_dtype)
-    workspace = _workspace(config, dtype, kv_dtype)
+    workspace = _workspace(config, dtype)
     room = (free - weights - workspace) // token
     if room < 1:
         counts = range(config.num_hidden_layers - 1, 0, -1)
@@ -220,20 +220,20 @@ def plan_memory(
 def _fits(config: ModelConfig, layers: int, dtype: torch.dtype, free: int, kv_dtype: KvDtype) -> bool:
     first = config.first_layer
     part = config.sliced(range(first, first + layers))
-    needed = weight_bytes(part, dtype) + _workspace(part, dtype, kv_dtype) + cache_bytes(part, dtype, kv_dtype)
+    needed = weight_bytes(part, dtype) + _workspace(part, dtype) + cache_bytes(part, dtype, kv_dtype)
     return needed <= free
 
 
-def _workspace(config: ModelConfig, dtype: torch.dtype, kv_dtype: KvDtype) -> int:
+def _workspace(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes for the largest step's logits, for reading a chunk of 2,048 tokens (keys and values of 4,096 written out, what
-    goes into and out of the experts; from a packed cache one layer's rows of a whole window), and for what isn't ours."""
+    goes into and out of the experts; one layer's rows of a whole window, side by side), and for what isn't ours."""
     c, chunk = config, 2048
     logits = _STEP_ROWS * c.vocab_size * (4 + dtype.itemsize)
     expanded = 2 * chunk * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
     experts = chunk * max(1, c.num_experts_per_tok) * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
     rotary = c.max_position_embeddings * c.qk_rope_head_dim * 4
-    unpacked = (c.max_position_embeddings + chunk) * c.cache_width if kv_dtype == "fp8" else 0
-    return _RESERVE + logits + (expanded + experts + unpacked) * dtype.itemsize + rotary
+    rows = (c.max_position_embeddings + chunk) * c.cache_width
+    return _RESERVE + logits + (expanded + experts + rows) * dtype.itemsize + rotary
 
 
 def _free_memory() -> int:

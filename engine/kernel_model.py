@@ -1,8 +1,8 @@
 """The layers by the Triton kernels, for bfloat16 models on CUDA: the maths of `Transformer._layers`, nothing read back.
 
-A step of few rows (`decode`) is bound by reading weights and by what lies between two kernels: of one or two rows, a layer of
-experts is 10 launches, or 11 with compressed queries, each of which has its first weights on their way when the one before
-ends. Of many rows (`forward`), plain products are torch's. Nothing here waits for the device or looks at values on it, so that
+A step of few rows (`decode`) is bound by reading weights and by what lies between two kernels: of one row, a layer of experts is
+10 launches, or 11 with compressed queries, most of which have their first weights on their way when the one before ends. Of
+many rows (`forward`), plain products are torch's. Nothing here waits for the device or looks at values on it, so that
 a step of fixed size can be captured as a CUDA graph (`kernel_steps`).
 """
 
@@ -20,7 +20,7 @@ from thinkloop.kernels.gate import gate, gate_pays
 from thinkloop.kernels.int4 import swiglu_act
 from thinkloop.kernels.int4_moe import moe_int4, moe_parts
 from thinkloop.kernels.kv_fp8 import Stage, gather_rows, store_rows
-from thinkloop.kernels.linear import Norm, linear
+from thinkloop.kernels.linear import FEW, Norm, linear
 from thinkloop.kernels.mla_absorb import MAX_ROWS, absorb_and_store
 from thinkloop.kernels.mla_decode import decode_parts, mla_decode
 from thinkloop.kernels.mla_expand import expand
@@ -118,7 +118,7 @@ class KernelModel:
         return linear(hidden, w.w_down.T, residual=x)
 
     def _few_experts(self, x: Tensor, w: Experts) -> Tensor:
-        # The shared expert comes first and norms x itself: whoever comes after it has x, and goes on beside it.
+        # The shared expert comes first and norms x itself: what comes after it has x, and of few rows goes on beside it.
         shared = None if w.shared is None else linear(x, w.shared.w_gate_up.T, norm=self._norm_of(w.norm), gated=True)
         h, ids, shares = self._few_gate(x, w)
         if w.gate_up.packed is not None and w.down.packed is not None:
@@ -133,7 +133,9 @@ class KernelModel:
         """The normed rows, the experts they choose, and their shares."""
         eps, router = self.config.rms_norm_eps, w.w_router.T
         if gate_pays(len(x), router):
-            return gate(x, w.norm, eps, router, w.bias, self._arrived, **self._choice, settled=w.shared is not None)
+            # Beside the shared expert's product, but not of many rows: that one reads what is already given back.
+            settled = w.shared is not None and len(x) <= FEW
+            return gate(x, w.norm, eps, router, w.bias, self._arrived, **self._choice, settled=settled)
         h = rms_norm(x, w.norm, eps)
         logits = linear(h, router, dtype=torch.float32) if router.dtype == h.dtype else h.float() @ router.T
         return h, *route(logits, w.bias, **self._choice)

@@ -81,7 +81,9 @@ class KernelSteps:
         self._table = torch.zeros(most.batch, width, dtype=torch.int32, device=self._device)
         self._tabled: list[list[int]] = [[] for _ in range(most.batch)]
         """The blocks that each row of the table begins with."""
-        self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._logits = torch.empty(most.tokens, config.vocab_size, device=self._device)
+        """Where every step leaves them: outputs of their own would be memory that graphs can't share."""
+        self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
         self._memory = torch.cuda.graph_pool_handle() if self._captures else None
         self._replayed = torch.cuda.Event() if self._captures else None  # type: ignore[no-untyped-call]
 
@@ -146,20 +148,21 @@ class KernelSteps:
         sms = chip(self._device).sms
         splits = kv_splits(size.batch, self._config.num_attention_heads, size.count, size.length, sms)
         if size.tokens <= MAX_ROWS:
-            return self._model.decode(Few(places, self._turn, table, lengths, splits), layers)
-        attend = decode_attention(self._config, table, lengths, splits)
-        return (self._model.forward(places, layers, self._turn, attend) @ self._weights.head).float()
+            logits = self._model.decode(Few(places, self._turn, table, lengths, splits), layers)
+        else:
+            attend = decode_attention(self._config, table, lengths, splits)
+            logits = self._model.forward(places, layers, self._turn, attend) @ self._weights.head
+        return self._logits[: size.tokens].copy_(logits)
 
     def _replay(self, size: Size, layers: Sequence[Tensor]) -> Tensor:
         if size not in self._graphs:
             self._graphs[size] = self._capture(size, layers)
-        graph, logits = self._graphs[size]
-        graph.replay()
+        self._graphs[size].replay()
         assert self._replayed is not None
         self._replayed.record()
-        return logits.clone()  # the next step writes over the graph's own
+        return self._logits[: size.tokens]
 
-    def _capture(self, size: Size, layers: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, size: Size, layers: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
         """Two runs beforehand compile the kernels and let the libraries take their workspaces."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream())
@@ -169,5 +172,5 @@ class KernelSteps:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            logits = self._compute(size, layers)
-        return graph, logits
+            self._compute(size, layers)
+        return graph

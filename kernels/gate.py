@@ -142,7 +142,8 @@ def gate(
     `h` is `reference.rms_norm(x, norm, eps)`, `norm` bfloat16 `[D]`. The logits are `h` times `w_router`, `[E, D]` in bfloat16
     or float32, summed in float32; ids and shares are those that `router.route` gives for them. `logits`, float32 `[T, E]`,
     receives them where it is given. A token's results don't depend on how many others there are. `settled`: x was written
-    before the last launch, which works on nothing that this one writes; the two then go on side by side.
+    before the last launch, which reads and writes nothing that this one writes (nor memory given back to the allocator since);
+    the two then go on side by side.
 
     `counters`, int32 with at least T elements, must be zero and is left zero. Launches that may run at the same time, on two
     streams, need their own. Raises `ValueError` naming the argument that doesn't fit.

@@ -81,7 +81,7 @@ def kv_splits(batch: int, heads: int, tokens: int, max_length: int, sm_count: in
     """Into how many parts each sequence's rows are split, for a step of this shape whatever the lengths turn out to be.
 
     As many as fill the SMs once, or twice where once leaves many idle: 72 tiles on 132 SMs take two thirds of the time in
-    3 splits and two waves. No part is under 32 rows. Scratch: 131 KB a program, so at most 35 MB on 132 SMs, or one
+    3 splits and two waves. No part is under 64 rows. Scratch: 131 KB a program, so at most 35 MB on 132 SMs, or one
     program a tile where there are more tiles.
     """
     tiles = batch * -(-heads * tokens // decode_tiles(heads * tokens).queries)
@@ -215,7 +215,7 @@ def decode_parts(
         splits = kv_splits(batch, heads, tokens, table.shape[1] * PAGE, target.sms)
     tiles, queries = decode_tiles(tokens * heads, target.capability, fp8), batch * tokens * heads
     lse = torch.empty(queries, splits, dtype=torch.float32, device=q.device)
-    hopper = _hopper() if q.is_cuda and not _is_small(tokens * heads, splits) else None
+    hopper = _hopper() if q.is_cuda and not _is_small(tokens * heads, batch * splits) else None
     if hopper is not None and hopper.fits(latent, width - latent, target.capability, cache.dtype):
         part = torch.empty(queries, splits, latent, dtype=q.dtype, device=q.device)
         hopper.decode_parts(q, cache, table, lengths, scale, splits, part, lse)
@@ -230,16 +230,16 @@ def decode_parts(
     return part, lse
 
 
-def _is_small(queries: int, splits: int) -> bool:
+def _is_small(queries: int, programs: int) -> bool:
     """Whether a step is left to the kernel here, whose programs of 16 queries and 94 KB find room beside others: Moonlight's
     single tokens onto up to 4,096 rows. (A model of its size decoded 762 tokens a second so, and 595 with the other.)"""
-    return queries <= 16 and splits <= 64
+    return queries <= 16 and programs <= 64
 
 
 @remembered
 def _hopper() -> Any:
-    """The kernel for Hopper, in a language of Triton's that may be missing or other than expected; None without it."""
-    if INTERPRET:
+    """The kernel for Hopper, in a language of Triton's that is still changing: None but for the version it was written in."""
+    if INTERPRET or not triton.__version__.startswith("3.6."):
         return None
     try:
         from thinkloop.kernels import mla_decode_hopper

@@ -2,9 +2,10 @@
 times `w_uv`, its head's values, in one launch.
 
 Twins: a merge by log-sum-exp, as FlashDecoding has it, and the last product of `reference.mla_absorbed`. Budget, computed:
-attention leaves 2 KB of float32 a query row and split (C = 512). As `kv_splits` fills 132 SMs with tiles of 64 rows, that is
-17 MB for a long sequence of Kimi-K2, 132 rows (token, split) a head, and 4.3 MB for Moonlight. They lie in the second cache
-level. `w_uv` is 8.4 MB (2.1): 2.0 µs (0.5) at 4.3 TB/s, on its way before attention has ended.
+attention leaves 2 KB of float32 a query row and split (C = 512; Hopper's kernel half of it, in bfloat16). As `kv_splits`
+fills 132 SMs with tiles of 64 rows, that is 17 MB for a long sequence of Kimi-K2, 132 rows (token, split) a head, and 4.3 MB
+for Moonlight. They lie in the second cache level. `w_uv` is 8.4 MB (2.1): 2.0 µs (0.5) at 4.3 TB/s, on its way before
+attention has ended.
 
 A program has one head and some of its values; a head's programs, 2 for K2 and 8 for Moonlight, all read its results. Merging
 them beforehand, once and by 512 programs, was measured on an H200 and is slower, as a launch more costs more than reading
