@@ -62,8 +62,8 @@ _LAYERS_BYTES = 4 << 30
 token share 2 % of their experts by chance."""
 _CHECKED = 8
 """Tokens of a large step that are held against the twin, spread over it: the twin writes out every expert they chose."""
-_EPS = 1e-5
-_POSITIONS = 4096
+EPS = 1e-5
+POSITIONS = 4096
 
 Call = Callable[[], object]
 
@@ -157,7 +157,7 @@ class Experts:
     def _prepare(self, ids: list[Tensor]) -> Prepared:
         from thinkloop.kernels.int4_moe import moe_int4
 
-        x = [_random(len(one), self.shape.hidden, device=self.device) for one in ids]
+        x = [random_rows(len(one), self.shape.hidden, device=self.device) for one in ids]
         shares = [torch.rand(one.shape, device=self.device) for one in ids]
         calls = [
             partial(moe_int4, *data, *self.layers[index % len(self.layers)])
@@ -190,10 +190,10 @@ def decode_case(shape: Shape, device: torch.device, batch: int, tokens: int, len
 
         count, pages = copies(nbytes), -(-length // PAGE)
         slots = count * batch * pages
-        cache = _random(slots * PAGE, shape.width, device=device)
+        cache = random_rows(slots * PAGE, shape.width, device=device)
         tables = torch.randperm(slots, device=device).int().view(count, batch, pages)
         lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
-        q = _random(batch, tokens, shape.heads, shape.width, device=device)
+        q = random_rows(batch, tokens, shape.heads, shape.width, device=device)
         eye = torch.eye(shape.latent, device=device).expand(shape.heads, -1, -1)
 
         def twin(sequence: int) -> Tensor:
@@ -212,9 +212,12 @@ def prefill_case(shape: Shape, device: torch.device, tokens: int, total: int) ->
     nbytes, s, scale = prefill_bytes(shape, tokens, total), shape, (shape.nope + shape.rope) ** -0.5
 
     def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, rows = _random(tokens, s.heads, s.nope + s.rope, device=device), _random(total, s.width, device=device)
-        w_uk = _random(s.heads, s.nope, s.latent, device=device) * s.latent**-0.5
-        return q, rows, w_uk, _random(s.heads, s.latent, s.value, device=device) * s.latent**-0.5
+        q, rows = (
+            random_rows(tokens, s.heads, s.nope + s.rope, device=device),
+            random_rows(total, s.width, device=device),
+        )
+        w_uk = random_rows(s.heads, s.nope, s.latent, device=device) * s.latent**-0.5
+        return q, rows, w_uk, random_rows(s.heads, s.latent, s.value, device=device) * s.latent**-0.5
 
     def prepare() -> Prepared:
         from thinkloop.kernels.mla_prefill import mla_prefill
@@ -261,12 +264,12 @@ def norm_case(shape: Shape, device: torch.device, tokens: int) -> Case:
     def prepare() -> Prepared:
         from thinkloop.kernels.rms_norm import rms_norm
 
-        weight = 1 + 0.1 * _random(shape.hidden, device=device)
-        pairs = [_random(2, tokens, shape.hidden, device=device).unbind() for _ in range(copies(nbytes))]
-        calls = [partial(rms_norm, x, weight, _EPS, residual=residual) for x, residual in pairs]
+        weight = 1 + 0.1 * random_rows(shape.hidden, device=device)
+        pairs = [random_rows(2, tokens, shape.hidden, device=device).unbind() for _ in range(copies(nbytes))]
+        calls = [partial(rms_norm, x, weight, EPS, residual=residual) for x, residual in pairs]
         x, residual = pairs[0]
         total = x.float() + residual.float()
-        want = torch.cat([reference.rms_norm(total, weight.float(), _EPS), total])
+        want = torch.cat([reference.rms_norm(total, weight.float(), EPS), total])
         return Prepared([*calls], lambda: torch.cat([calls[0](), residual]), want)
 
     return Case("norm", f"{shape.name}, {tokens} tokens", prepare, nbytes, 0)
@@ -279,21 +282,21 @@ def rotation_case(shape: Shape, device: torch.device, tokens: int) -> Case:
     def prepare() -> Prepared:
         from thinkloop.kernels.rope_cache import rope_and_store
 
-        table = reference.rope_table(reference.inv_freq(s.rope, 1e4), 0, _POSITIONS).to(device)
-        norm = 1 + 0.1 * _random(s.latent, device=device)
+        table = reference.rope_table(reference.inv_freq(s.rope, 1e4), 0, POSITIONS).to(device)
+        norm = 1 + 0.1 * random_rows(s.latent, device=device)
         count = copies(nbytes)
-        positions = torch.randint(_POSITIONS, (count, tokens), device=device)
+        positions = torch.randint(POSITIONS, (count, tokens), device=device)
         slots = torch.randperm(count * tokens, device=device).view(count, tokens)
-        cache = _random(count * tokens, s.width, device=device)
-        q = [_random(tokens, s.heads, s.nope + s.rope, device=device) for _ in range(count)]
-        rows = [_random(tokens, s.width, device=device) for _ in range(count)]
+        cache = random_rows(count * tokens, s.width, device=device)
+        q = [random_rows(tokens, s.heads, s.nope + s.rope, device=device) for _ in range(count)]
+        rows = [random_rows(tokens, s.width, device=device) for _ in range(count)]
         calls = [
-            partial(rope_and_store, *data[:2], norm, _EPS, table, *data[2:], cache)
+            partial(rope_and_store, *data[:2], norm, EPS, table, *data[2:], cache)
             for data in zip(q, rows, positions, slots, strict=True)
         ]
         turn, (latent, key) = table[positions[0]], torch.split(rows[0].float(), [s.latent, s.rope], 1)
         pairs = reference.rope(q[0][..., s.nope :].float(), turn).flatten(1)
-        want = torch.cat([pairs, reference.rms_norm(latent, norm.float(), _EPS), reference.rope(key, turn)], 1)
+        want = torch.cat([pairs, reference.rms_norm(latent, norm.float(), EPS), reference.rope(key, turn)], 1)
 
         def result() -> Tensor:
             calls[0]()
@@ -346,5 +349,5 @@ def _logits(shape: Shape, device: torch.device, rows: int) -> list[Tensor]:
     return [3 * torch.randn(rows, shape.vocab, device=device) for _ in range(copies(sampling_bytes(shape, rows)))]
 
 
-def _random(*sizes: int, device: torch.device) -> Tensor:
+def random_rows(*sizes: int, device: torch.device) -> Tensor:
     return torch.randn(*sizes, dtype=torch.bfloat16, device=device)

@@ -14,7 +14,7 @@ from math import sqrt
 
 import torch
 import torch.nn.functional as F
-from thinkloop.engine.kernel_cases import _EPS, _POSITIONS, Case, Prepared, _random, chosen, copies, spread
+from thinkloop.engine.kernel_cases import EPS, POSITIONS, Case, Prepared, chosen, copies, random_rows, spread
 from thinkloop.engine.kernel_shapes import (
     FEW_TOKENS,
     SPLITS,
@@ -73,21 +73,21 @@ class Product:
     def _prepare(self, tokens: int, device: torch.device, count: int) -> Prepared:
         from thinkloop.kernels.linear import Norm, linear
 
-        norm = 1 + 0.1 * _random(self.features, device=device) if self.norms else None
+        norm = 1 + 0.1 * random_rows(self.features, device=device) if self.norms else None
 
         def call() -> partial[Tensor]:
-            x = _random(tokens, self.features, device=device)
-            weight = _random(self.rows, self.features, device=device).mul_(self.features**-0.5)
-            residual = _random(tokens, self.rows, device=device) if self.residual else None
+            x = random_rows(tokens, self.features, device=device)
+            weight = random_rows(self.rows, self.features, device=device).mul_(self.features**-0.5)
+            residual = random_rows(tokens, self.rows, device=device) if self.residual else None
             add = torch.randn(tokens, self.parts, self.rows, device=device) if self.parts else None
             return partial(
-                linear, x, weight, norm=None if norm is None else Norm(norm, _EPS), gated=self.gated, residual=residual,
+                linear, x, weight, norm=None if norm is None else Norm(norm, EPS), gated=self.gated, residual=residual,
                 add=add, settled=self.parts > 0,
             )  # fmt: skip
 
         calls = [call() for _ in range(count)]
         x, weight = (one.float() for one in calls[0].args)
-        want = (x if norm is None else reference.rms_norm(x, norm.float(), _EPS)) @ weight.T
+        want = (x if norm is None else reference.rms_norm(x, norm.float(), EPS)) @ weight.T
         if self.gated:
             gate, up = want.chunk(2, dim=1)
             want = F.silu(gate) * up
@@ -123,21 +123,21 @@ def gate_case(shape: Shape, device: torch.device, tokens: int) -> Case:
         from thinkloop.kernels.rms_norm import rms_norm
         from thinkloop.kernels.router import route
 
-        norm, bias = 1 + 0.1 * _random(s.hidden, device=device), 0.1 * torch.randn(s.experts, device=device)
+        norm, bias = 1 + 0.1 * random_rows(s.hidden, device=device), 0.1 * torch.randn(s.experts, device=device)
         counters = torch.zeros(tokens, dtype=torch.int32, device=device)
 
         def choose(x: Tensor, router: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if gate_pays(tokens, router):
-                return gate(x, norm, _EPS, router, bias, counters, top_k=s.top_k)
-            h = rms_norm(x, norm, _EPS)
+                return gate(x, norm, EPS, router, bias, counters, top_k=s.top_k)
+            h = rms_norm(x, norm, EPS)
             return h, *route(linear(h, router, dtype=torch.float32), bias, top_k=s.top_k)
 
         calls = []
         for _ in range(copies(nbytes)):
-            router = _random(s.experts, s.hidden, device=device).mul_(s.hidden**-0.5)
-            calls.append(partial(choose, _random(tokens, s.hidden, device=device), router))
+            router = random_rows(s.experts, s.hidden, device=device).mul_(s.hidden**-0.5)
+            calls.append(partial(choose, random_rows(tokens, s.hidden, device=device), router))
         x, router = (one.float() for one in calls[0].args)
-        h, factor = reference.rms_norm(x, norm.float(), _EPS), sqrt(s.top_k / s.hidden)
+        h, factor = reference.rms_norm(x, norm.float(), EPS), sqrt(s.top_k / s.hidden)
         scores = (h @ router.T).sigmoid()
         goodness = scores + bias
         best = goodness.topk(s.top_k).values
@@ -160,17 +160,17 @@ def absorb_case(shape: Shape, device: torch.device, tokens: int) -> Case:
     def prepare() -> Prepared:
         from thinkloop.kernels.mla_absorb import absorb_and_store
 
-        table = reference.rope_table(reference.inv_freq(s.rope, 1e4), 0, _POSITIONS).to(device)
-        norm, count = 1 + 0.1 * _random(s.latent, device=device), copies(nbytes)
-        positions = torch.randint(_POSITIONS, (count, tokens), device=device)
+        table = reference.rope_table(reference.inv_freq(s.rope, 1e4), 0, POSITIONS).to(device)
+        norm, count = 1 + 0.1 * random_rows(s.latent, device=device), copies(nbytes)
+        positions = torch.randint(POSITIONS, (count, tokens), device=device)
         slots = torch.randperm(count * tokens, device=device).view(count, tokens)
-        cache = _random(count * tokens, s.width, device=device)
+        cache = random_rows(count * tokens, s.width, device=device)
         calls = []
         for position, slot in zip(positions, slots, strict=True):
-            q = _random(tokens, s.heads, s.nope + s.rope, device=device)
-            row = _random(tokens, s.width, device=device)
-            w_uk = _random(s.heads, s.nope, s.latent, device=device).mul_(s.nope**-0.5)
-            calls.append(partial(absorb_and_store, q, row, norm, _EPS, table, position, slot, cache, w_uk))
+            q = random_rows(tokens, s.heads, s.nope + s.rope, device=device)
+            row = random_rows(tokens, s.width, device=device)
+            w_uk = random_rows(s.heads, s.nope, s.latent, device=device).mul_(s.nope**-0.5)
+            calls.append(partial(absorb_and_store, q, row, norm, EPS, table, position, slot, cache, w_uk))
         first = calls[0].args
         q, row, w_uk, turn, factor = (
             first[0].float(),
@@ -182,7 +182,7 @@ def absorb_case(shape: Shape, device: torch.device, tokens: int) -> Case:
         absorbed = torch.einsum("thn,hnc->thc", q[..., : s.nope], w_uk)
         queries = torch.cat([absorbed, reference.rope(q[..., s.nope :], turn)], 2).flatten(1)
         latent, key = torch.split(row, [s.latent, s.rope], 1)
-        rows = torch.cat([reference.rms_norm(latent, norm.float(), _EPS), reference.rope(key, turn)], 1)
+        rows = torch.cat([reference.rms_norm(latent, norm.float(), EPS), reference.rope(key, turn)], 1)
 
         def result() -> Tensor:
             out = calls[0]()
@@ -203,7 +203,7 @@ def expand_case(shape: Shape, device: torch.device, tokens: int, splits: int) ->
         def data() -> tuple[Tensor, Tensor, Tensor]:
             part = torch.randn(tokens * s.heads, splits, s.latent, device=device)
             lse = torch.randn(tokens * s.heads, splits, device=device)
-            return part, lse, _random(s.heads, s.latent, s.value, device=device).mul_(s.latent**-0.5)
+            return part, lse, random_rows(s.heads, s.latent, s.value, device=device).mul_(s.latent**-0.5)
 
         calls = [partial(expand, *data()) for _ in range(copies(nbytes))]
         part, lse, w_uv = calls[0].args
@@ -248,7 +248,7 @@ class Dense:
         calls = []
         for one in ids:
             x, shares = (
-                _random(len(one), self.shape.hidden, device=self.device),
+                random_rows(len(one), self.shape.hidden, device=self.device),
                 torch.rand(one.shape, device=self.device),
             )
             calls.append(partial(grouped_experts, x, one, shares, *self.layer))

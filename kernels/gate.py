@@ -27,8 +27,7 @@ import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import POINTERS, CompileCase
 from thinkloop.kernels.rms_norm import MAX_WIDTH, norm_tiles, normed
-from thinkloop.kernels.router import RouterTiles, choose, router_tiles
-from thinkloop.kernels.router import _check as check_choice
+from thinkloop.kernels.router import RouterTiles, check_choice, choose, router_tiles
 from thinkloop.kernels.target import (
     HOPPER,
     INTERPRET,

@@ -58,6 +58,7 @@ from thinkloop.kernels.target import (
     Chip,
     cast,
     chip,
+    early,
     launch_early,
     starts_early,
     wait_for_inputs,
@@ -244,8 +245,8 @@ def moe_int4(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, dow
         return out.zero_()
     tokens, top_k, width = parts.shape
     _combine_kernel[(tokens, triton.cdiv(width, _COMBINE_BLOCK))](
-        parts, out, WIDTH=width, TOP_K=top_k, BLOCK=_COMBINE_BLOCK, EARLY=starts_early(chip(x.device)),
-        INTERPRET=INTERPRET, **launch_early(x.device),
+        parts, out, WIDTH=width, TOP_K=top_k, BLOCK=_COMBINE_BLOCK, INTERPRET=INTERPRET,
+        **early(x.device),
     )  # fmt: skip
     return out
 
@@ -274,11 +275,11 @@ def moe_parts(x: Tensor, ids: Tensor, shares: Tensor, gate_up: PackedExperts, do
         rows, features = matrices.rows, matrices.features
         tiles, constants = _plan(tokens, experts, top_k, rows, features, gated=gated, target=target)
         programs = blocks * triton.cdiv(rows, tiles.rows)
-        early = launch_early(x.device) if not gated or programs > _AT_ONCE * target.sms else {}
+        launch = launch_early(x.device) if not gated or programs > _AT_ONCE * target.sms else {}
         _experts_kernel[(programs,)](
             rows_in, matrices.weight, matrices.scale.view(torch.int32), table, order, shares, rows_out,
             blocks, _BLOCKS_TOGETHER if in_groups else blocks,
-            **constants, num_warps=tiles.warps, num_stages=tiles.stages, **early,
+            **constants, num_warps=tiles.warps, num_stages=tiles.stages, **launch,
         )  # fmt: skip
 
     hidden = torch.empty(pairs, down.features, dtype=x.dtype, device=x.device)

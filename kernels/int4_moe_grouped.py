@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import CompileCase
-from thinkloop.kernels.target import Chip, chip, launch_early, starts_early, wait_for_inputs
+from thinkloop.kernels.target import Chip, early, starts_early, wait_for_inputs
 from torch import Tensor
 
 
@@ -121,11 +121,10 @@ def group_by_expert(ids: Tensor, experts: int, block: int) -> tuple[Tensor, Tens
     order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
     ranges = torch.empty(2, experts, dtype=torch.int32, device=ids.device)
     blocks = torch.empty(3, max_blocks(pairs, experts, block), dtype=torch.int32, device=ids.device)
-    early, launch = starts_early(chip(ids.device)), launch_early(ids.device)
-    _sort_kernel[(experts,)](ids, order, ranges, pairs, **_sort_constants(pairs, experts), EARLY=early, **launch)
+    options = early(ids.device)
+    _sort_kernel[(experts,)](ids, order, ranges, pairs, **_sort_constants(pairs, experts), **options)
     _blocks_kernel[(blocks.shape[1],)](
-        ranges, blocks, EXPERTS=experts, EXPERTS_PAD=triton.next_power_of_2(experts), BLOCK=block, EARLY=early,
-        num_warps=1, **launch,
+        ranges, blocks, EXPERTS=experts, EXPERTS_PAD=triton.next_power_of_2(experts), BLOCK=block, num_warps=1, **options
     )  # fmt: skip
     return order, blocks
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import CompileCase
 from thinkloop.kernels.kv_rows import GROUP, LARGEST, PAGE, row_bytes
-from thinkloop.kernels.target import HOPPER, INTERPRET, Chip, cast, chip, launch_early, starts_early, wait_for_inputs
+from thinkloop.kernels.target import HOPPER, INTERPRET, Chip, cast, early, starts_early, wait_for_inputs
 from torch import Tensor
 
 MIN_CAPABILITY = 90
@@ -139,7 +139,7 @@ def store_rows(rows: Tensor, slots: Tensor, cache: Tensor, latent: int) -> None:
     if len(rows):
         _store_rows_kernel[(len(rows),)](
             rows, slots, cache, rows.stride(0), LATENT=latent, ROPE=rows.shape[1] - latent,
-            EARLY=starts_early(chip(rows.device)), num_warps=4, **launch_early(rows.device),
+            num_warps=4, **early(rows.device),
         )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from thinkloop.kernels.target import (
     Chip,
     cast,
     chip,
+    early,
     launch_early,
     starts_early,
     wait_for_inputs,
@@ -252,7 +253,7 @@ def _many(
         return x @ weight.T if out.dtype == x.dtype else _float32(x, weight)
     _finish_kernel[(out.shape[0], triton.cdiv(out.shape[1], _FINISH_BLOCK))](
         x @ weight.T, add, residual, out, WIDTH=out.shape[1], GATED=gated, PARTS=parts, BLOCK=_FINISH_BLOCK,
-        EARLY=starts_early(chip(x.device)), INTERPRET=INTERPRET, **launch_early(x.device),
+        INTERPRET=INTERPRET, **early(x.device),
     )  # fmt: skip
     return out
 

@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import POINTERS, CompileCase
 from thinkloop.kernels.rms_norm import normed
-from thinkloop.kernels.rope_cache import _check as check_rows
-from thinkloop.kernels.rope_cache import _rotated
+from thinkloop.kernels.rope_cache import check_rows, rotated_pairs
 from thinkloop.kernels.target import (
     HOPPER,
     INTERPRET,
@@ -94,7 +93,7 @@ def _absorb_kernel(
             b_latent = normed(b_latent, eps, LATENT).to(p_cache.dtype.element_ty)
             if p_norm is not None:
                 b_latent = (b_latent.to(tl.float32) * b_norm).to(p_cache.dtype.element_ty)
-            b_key = tl.reshape(_rotated(b_key, b_turn, 1, ROTATED), [ROTATED]).to(p_cache.dtype.element_ty)
+            b_key = tl.reshape(rotated_pairs(b_key, b_turn, 1, ROTATED), [ROTATED]).to(p_cache.dtype.element_ty)
             tl.store(p_cache + slot * s_cache + o_latent, b_latent, mask=used)
             tl.store(p_cache + slot * s_cache + LATENT + o_channel, b_key, mask=used)
         else:
@@ -107,7 +106,7 @@ def _absorb_kernel(
             b_pairs = tl.load(p_pairs, mask=inside, other=0.0)
             used = slot >= 0
             b_turn = tl.load(p_table + position * s_table + o_channel, mask=used, other=0.0)
-            b_pairs = tl.where(used, _rotated(b_pairs, b_turn, BLOCK_HEADS, ROTATED), 0.0)
+            b_pairs = tl.where(used, rotated_pairs(b_pairs, b_turn, BLOCK_HEADS, ROTATED), 0.0)
             p_to = p_out + (i_token * HEADS + o_head[:, None]) * WIDTH + LATENT + o_channel[None, :]
             tl.store(p_to, cast(b_pairs, p_out.dtype.element_ty, INTERPRET), mask=inside)
     else:

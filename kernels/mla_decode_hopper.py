@@ -32,7 +32,7 @@ from collections.abc import Iterator
 import torch
 import triton
 from thinkloop.kernels.compile_case import CompileCase
-from thinkloop.kernels.target import chip, launch_early, starts_early, wait_for_inputs
+from thinkloop.kernels.target import early, wait_for_inputs
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -297,7 +297,7 @@ def decode_parts(
         TensorDescriptor.from_tensor(cache, [TILE.value, ROPE.value], SHARED.value),
         TensorDescriptor.from_tensor(parts, [1, TILE.value, 1, WIDTH.value], STAGE.value),
         table, lengths, lse, scale * LOG2_E, table.shape[1], splits,
-        HEADS=heads, TOKENS=tokens, EARLY=starts_early(chip(q.device)), num_warps=NUM_WARPS, **launch_early(q.device),
+        HEADS=heads, TOKENS=tokens, num_warps=NUM_WARPS, **early(q.device),
     )  # fmt: skip
 
 

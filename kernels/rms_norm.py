@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import POINTERS, CompileCase
-from thinkloop.kernels.target import HOPPER, INTERPRET, Chip, cast, chip, launch_early, starts_early, wait_for_inputs
+from thinkloop.kernels.target import HOPPER, INTERPRET, Chip, cast, early, starts_early, wait_for_inputs
 from torch import Tensor
 
 MAX_WIDTH = 32768
@@ -81,8 +81,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor |
     tiles = norm_tiles(width)
     _rms_norm_kernel[(rows,)](
         x, residual, weight, out, x.stride(0), 0 if residual is None else residual.stride(0), eps, WIDTH=width,
-        BLOCK=tiles.block, EARLY=starts_early(chip(x.device)), INTERPRET=INTERPRET, num_warps=tiles.num_warps,
-        **launch_early(x.device),
+        BLOCK=tiles.block, INTERPRET=INTERPRET, num_warps=tiles.num_warps, **early(x.device),
     )  # fmt: skip
     return out
 

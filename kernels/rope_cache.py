@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import POINTERS, CompileCase
 from thinkloop.kernels.rms_norm import normed
-from thinkloop.kernels.target import HOPPER, Chip, chip, launch_early, starts_early, wait_for_inputs
+from thinkloop.kernels.target import HOPPER, Chip, early, starts_early, wait_for_inputs
 from torch import Tensor
 
 MAX_LATENT = 8192
@@ -41,7 +41,7 @@ def rope_tiles(heads: int, latent: int, rotated: int) -> RopeTiles:
 
 
 @triton.jit
-def _rotated(b_x, b_turn, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def rotated_pairs(b_x, b_turn, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """`b_x [ROWS, WIDTH]` with each pair turned by `b_turn [WIDTH]`, which holds cosine and sine by turns."""
     b_even, b_odd = tl.split(tl.reshape(b_x.to(tl.float32), [ROWS, WIDTH // 2, 2]))
     b_cos, b_sin = tl.split(tl.reshape(b_turn, [1, WIDTH // 2, 2]))
@@ -75,7 +75,7 @@ def _rope_and_store_kernel(
         b_latent = normed(b_latent, eps, LATENT).to(p_cache.dtype.element_ty)
         if p_norm is not None:
             b_latent = (b_latent.to(tl.float32) * b_norm).to(p_cache.dtype.element_ty)
-        b_key = tl.reshape(_rotated(b_key, b_turn, 1, BLOCK_ROTATED), [BLOCK_ROTATED])
+        b_key = tl.reshape(rotated_pairs(b_key, b_turn, 1, BLOCK_ROTATED), [BLOCK_ROTATED])
         tl.store(p_to + o_latent, b_latent, mask=(o_latent < LATENT) & used)
         tl.store(p_to + LATENT + o_channel, b_key.to(p_cache.dtype.element_ty), mask=rotates & used)
     else:
@@ -84,7 +84,7 @@ def _rope_and_store_kernel(
         inside = (o_head[:, None] < HEADS) & rotates[None, :]
         b_pairs = tl.load(p_pairs, mask=inside, other=0.0)
         b_turn = tl.load(p_turn, mask=rotates & used, other=0.0)
-        b_pairs = _rotated(b_pairs, b_turn, BLOCK_HEADS, BLOCK_ROTATED)
+        b_pairs = rotated_pairs(b_pairs, b_turn, BLOCK_HEADS, BLOCK_ROTATED)
         tl.store(p_pairs, b_pairs.to(p_q.dtype.element_ty), mask=inside & used)
 
 
@@ -103,7 +103,7 @@ def rope_and_store(
     """
     if table.dtype == torch.complex64:
         table = torch.view_as_real(table)
-    _check(q, row, kv_norm, table, positions, slots, cache)
+    check_rows(q, row, kv_norm, table, positions, slots, cache)
     tokens, heads, channels = q.shape
     if tokens == 0:
         return
@@ -114,11 +114,11 @@ def rope_and_store(
         q, row, kv_norm, table, positions, slots, cache, q.stride(0), q.stride(1), row.stride(0), table.stride(0),
         cache.stride(0), eps, HEADS=heads, NOPE=channels - rotated, LATENT=latent, ROTATED=rotated,
         BLOCK_HEADS=tiles.heads, BLOCK_LATENT=tiles.latent, BLOCK_ROTATED=tiles.rotated,
-        EARLY=starts_early(chip(q.device)), num_warps=tiles.num_warps, **launch_early(q.device),
+        num_warps=tiles.num_warps, **early(q.device),
     )  # fmt: skip
 
 
-def _check(
+def check_rows(
     q: Tensor, row: Tensor, kv_norm: Tensor | None, table: Tensor, positions: Tensor, slots: Tensor, cache: Tensor
 ) -> None:
     if table.dim() != 3 or table.dtype != torch.float32 or table.shape[2] != 2 or not table[:1].is_contiguous():

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import CompileCase
-from thinkloop.kernels.target import HOPPER, Chip, chip, launch_early, starts_early, wait_for_inputs
+from thinkloop.kernels.target import HOPPER, Chip, early, starts_early, wait_for_inputs
 from torch import Tensor
 
 EMPTY = tl.constexpr(-(2**31))
@@ -167,7 +167,7 @@ def route(
     first, which `torch.topk` doesn't promise. A NaN counts as the largest score, as in torch: its expert is chosen and
     the share is NaN. Ids are always distinct and in range. Raises `ValueError` naming the argument that doesn't fit.
     """
-    _check(logits, bias, top_k, groups, top_groups, scoring)
+    check_choice(logits, bias, top_k, groups, top_groups, scoring)
     tokens, experts = logits.shape
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     shares = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
@@ -177,13 +177,12 @@ def route(
     _route_kernel[(tokens,)](
         logits, bias, ids, shares, logits.stride(0), scale, top_k, top_groups, EXPERTS=experts, GROUPS=groups,
         SIGMOID=scoring == "sigmoid", NORMALISE=normalise, BLOCK_GROUPS=tiles.groups, BLOCK_MEMBERS=tiles.members,
-        BLOCK_K=tiles.chosen, EARLY=starts_early(chip(logits.device)), num_warps=tiles.num_warps,
-        **launch_early(logits.device),
+        BLOCK_K=tiles.chosen, num_warps=tiles.num_warps, **early(logits.device),
     )  # fmt: skip
     return ids, shares
 
 
-def _check(logits: Tensor, bias: Tensor | None, top_k: int, groups: int, top_groups: int, scoring: str) -> None:
+def check_choice(logits: Tensor, bias: Tensor | None, top_k: int, groups: int, top_groups: int, scoring: str) -> None:
     if logits.dim() != 2 or logits.dtype != torch.float32 or logits.stride(1) != 1:
         raise ValueError(f"`logits` must be float32 [T, E] with adjacent experts, not {logits.dtype} {logits.shape}.")
     experts = logits.shape[1]

@@ -28,7 +28,7 @@ from thinkloop.kernels.sampling_threshold import (
     search_key,
     token_weights,
 )
-from thinkloop.kernels.target import HOPPER, Chip, chip, launch_early, starts_early, wait_for_inputs
+from thinkloop.kernels.target import HOPPER, Chip, early, starts_early, wait_for_inputs
 from torch import Tensor
 
 _WARPS = 8
@@ -115,7 +115,9 @@ def argmax(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
         best = _tile_best(logits, mask)
-        _argmax_kernel[(rows,)](best, ids, TILES=tiles.count, BLOCK_TILES=tiles.block, num_warps=1, **_early(logits))
+        _argmax_kernel[(rows,)](
+            best, ids, TILES=tiles.count, BLOCK_TILES=tiles.block, num_warps=1, **early(logits.device)
+        )
     return ids
 
 
@@ -148,7 +150,7 @@ def sample(
     sums = torch.empty_like(best)
     arguments = logits, mask, best, temperature, min_p, threshold, sums
     options = {"VOCAB": logits.shape[1], "TILE": tiles.width, "TILES": tiles.count, "BLOCK_TILES": tiles.block}
-    options |= {"num_warps": _WARPS} | _early(logits)
+    options |= {"num_warps": _WARPS} | early(logits.device)
     _tile_sum_kernel[(tiles.count, rows)](*arguments, logits.stride(0), **options)
     _draw_kernel[(rows,)](*arguments, uniform, ids, logits.stride(0), **options)
     return ids
@@ -159,14 +161,9 @@ def _tile_best(logits: Tensor, mask: Tensor | None) -> Tensor:
     (rows, vocab), tiles = logits.shape, sampling_tiles(logits.shape[1])
     best = torch.empty(rows, tiles.count, dtype=torch.int64, device=logits.device)
     _tile_best_kernel[(tiles.count, rows)](
-        logits, mask, best, logits.stride(0), VOCAB=vocab, TILE=tiles.width, num_warps=_WARPS, **_early(logits)
+        logits, mask, best, logits.stride(0), VOCAB=vocab, TILE=tiles.width, num_warps=_WARPS, **early(logits.device)
     )
     return best
-
-
-def _early(logits: Tensor) -> dict[str, bool]:
-    """How its kernels are launched."""
-    return {"EARLY": starts_early(chip(logits.device)), **launch_early(logits.device)}
 
 
 def _checked(logits: Tensor, allowed: Tensor | None) -> Tensor | None:

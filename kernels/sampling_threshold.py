@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from thinkloop.kernels.compile_case import POINTERS, CompileCase
 from thinkloop.kernels.router import key_value, order_key
-from thinkloop.kernels.target import HOPPER, Chip, chip, launch_early, starts_early, wait_for_inputs
+from thinkloop.kernels.target import HOPPER, Chip, early, starts_early, wait_for_inputs
 from torch import Tensor
 
 MAX_VOCAB = 2**18
@@ -161,36 +161,33 @@ def find_threshold(
     (rows, vocab), tiles, steps = logits.shape, sampling_tiles(logits.shape[1]), search_steps(logits.dtype)
     sums = torch.zeros(rows, steps, 1 << KEY_BITS, dtype=torch.int64, device=logits.device)
     threshold = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    mass, early = (
-        wanted.is_floating_point(),
-        {"EARLY": starts_early(chip(logits.device)), **launch_early(logits.device)},
-    )
+    mass, options = wanted.is_floating_point(), early(logits.device)
     for step in range(steps):
         _search_kernel[(tiles.count, rows)](
             logits, mask, best, temperature, wanted, floor, sums, logits.stride(0), step, VOCAB=vocab, TILE=tiles.width,
             TILES=tiles.count, BLOCK_TILES=tiles.block, MASS=mass, STEPS=steps, BITS=KEY_BITS,
-            num_warps=_WARPS, **early,
+            num_warps=_WARPS, **options,
         )  # fmt: skip
-    _threshold_kernel[(rows,)](sums, wanted, threshold, MASS=mass, STEPS=steps, BITS=KEY_BITS, num_warps=1, **early)
+    _threshold_kernel[(rows,)](sums, wanted, threshold, MASS=mass, STEPS=steps, BITS=KEY_BITS, num_warps=1, **options)
     return threshold
 
 
 def compile_cases(capability: int = 90) -> list[CompileCase]:
     """Top-k and top-p over the vocabulary that Kimi-K2 and Moonlight share, from bfloat16 and from float32."""
-    early = starts_early(Chip(capability, HOPPER.sms))
+    starts = starts_early(Chip(capability, HOPPER.sms))
     return [
         case
         for logits in (torch.bfloat16, torch.float32)
         for mass in (False, True)
-        for case in (_search_case(logits, mass, early), _threshold_case(logits, mass, early))
+        for case in (_search_case(logits, mass, starts), _threshold_case(logits, mass, starts))
     ]
 
 
-def _search_case(logits: torch.dtype, mass: bool, early: bool) -> CompileCase:
+def _search_case(logits: torch.dtype, mass: bool, starts: bool) -> CompileCase:
     tiles = sampling_tiles(163840)
     constexprs = {
         "VOCAB": 163840, "TILE": tiles.width, "TILES": tiles.count, "BLOCK_TILES": tiles.block, "MASS": mass,
-        "STEPS": search_steps(logits), "BITS": KEY_BITS, "EARLY": early,
+        "STEPS": search_steps(logits), "BITS": KEY_BITS, "EARLY": starts,
     }  # fmt: skip
     signature = {
         "p_logits": POINTERS[logits], "p_allowed": "*u8", "p_best": "*i64", "p_temperature": "*fp32",
@@ -200,8 +197,8 @@ def _search_case(logits: torch.dtype, mass: bool, early: bool) -> CompileCase:
     return CompileCase(name, _search_kernel, signature, constexprs, _WARPS, num_stages=1, decode=True)
 
 
-def _threshold_case(logits: torch.dtype, mass: bool, early: bool) -> CompileCase:
-    constexprs = {"MASS": mass, "STEPS": search_steps(logits), "BITS": KEY_BITS, "EARLY": early}
+def _threshold_case(logits: torch.dtype, mass: bool, starts: bool) -> CompileCase:
+    constexprs = {"MASS": mass, "STEPS": search_steps(logits), "BITS": KEY_BITS, "EARLY": starts}
     signature = {"p_sums": "*i64", "p_wanted": "*fp32" if mass else "*i32", "p_threshold": "*i64"}
     signature |= dict.fromkeys(constexprs, "constexpr")
     name = f"sampling-threshold-{'top_p' if mass else 'top_k'}-{POINTERS[logits][1:]}"

@@ -46,6 +46,11 @@ def launch_early(device: torch.device) -> dict[str, bool]:
     return {"launch_pdl": True} if starts_early(chip(device)) else {}
 
 
+def early(device: torch.device) -> dict[str, bool]:
+    """`launch_early`, and EARLY as the kernel is told it."""
+    return {"EARLY": starts_early(chip(device)), **launch_early(device)}
+
+
 @cache
 def _chip(index: int | None) -> Chip:
     about = torch.cuda.get_device_properties(index)
