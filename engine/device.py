@@ -32,6 +32,8 @@ ROW_NAMES = {torch.uint8: "fp8", torch.bfloat16: "bf16", torch.float32: "float32
 _TRITON = (3, 4)
 _RESERVE = 1 << 30
 """Bytes of a device left alone: the driver's context, libraries' workspaces, compiled kernels."""
+_WIDEST = 512
+"""Channels of a latent or a head that a kernel's tile holds."""
 _STEP_ROWS = 256
 """Rows of the largest captured step, whose logits are kept in bfloat16 and float32."""
 _WINDOWS = 16
@@ -119,8 +121,12 @@ def check_kernels(config: ModelConfig) -> None:
     names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     for name in names:
         size = getattr(config, name)
-        if size < 16 or size & (size - 1):
-            raise EngineError(f"`{name}` is {size}; on 'cuda' it must be a power of two, at least 16. Use 'cpu'.")
+        if not 16 <= size <= _WIDEST or size & (size - 1):
+            raise EngineError(f"`{name}` is {size}; on 'cuda' it must be a power of two, 16 to {_WIDEST}. Use 'cpu'.")
+    for name in ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank"):
+        size = getattr(config, name) or 0
+        if size % 8:
+            raise EngineError(f"`{name}` is {size}; on 'cuda' it must be a multiple of 8. Use 'cpu'.")
     if config.qk_rope_head_dim > config.kv_lora_rank:
         raise EngineError(f"`qk_rope_head_dim` is above `kv_lora_rank` ({config.kv_lora_rank}). Use 'cpu'.")
 

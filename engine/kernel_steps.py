@@ -59,7 +59,7 @@ class Size:
             raise ValueError(
                 f"{batch} sequences of {count} tokens are more than a step takes: {BATCHES[-1]} of {MAX_COUNT}."
             )
-        return cls(*fitting[0], next((most for most in LENGTHS if most >= length), length))
+        return cls(*fitting[0], next((most for most in LENGTHS if most >= length), 1 << (length - 1).bit_length()))
 
 
 Part = tuple[LatentCache, Sequence[int]]

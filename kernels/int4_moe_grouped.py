@@ -48,7 +48,7 @@ def grouped_tiles(tokens: int, experts: int, top_k: int) -> Tiles:
     block = next((size for size in (8, 16, 32, 64) if 2 * size >= 3 * mean), 128)
     if block >= 64:
         return Tiles(block, rows=128, features=128, stages=4)
-    return Tiles(block, 64, *((256, 3) if block == 8 else (128, 4)))
+    return Tiles(block, 64, 256 if block == 8 else 128, stages=4)
 
 
 def max_blocks(pairs: int, experts: int, block: int) -> int:

@@ -232,7 +232,8 @@ def decode_parts(
 
 def _is_small(queries: int, programs: int) -> bool:
     """Whether a step is left to the kernel here, whose programs of 16 queries and 94 KB find room beside others: Moonlight's
-    single tokens onto up to 4,096 rows. (A model of its size decoded 762 tokens a second so, and 595 with the other.)"""
+    single tokens onto up to 4,096 rows. A model of its size decoded 762 tokens a second so; 595 with the other one and the
+    experts' down product not started early. Which of the two it was isn't known."""
     return queries <= 16 and programs <= 64
 
 

@@ -76,7 +76,9 @@ def test_sizes_that_the_kernels_dont_take_are_named() -> None:
     check_kernels(MOONLIGHT)
     for changes, name in (
         ({"kv_lora_rank": 48}, "kv_lora_rank"), ({"qk_rope_head_dim": 8}, "qk_rope_head_dim"), ({"v_head_dim": 24}, "v_head_dim"),
-        ({"kv_lora_rank": 32}, "qk_rope_head_dim"),
+        ({"kv_lora_rank": 32}, "qk_rope_head_dim"), ({"kv_lora_rank": 1 << 20}, "kv_lora_rank"),
+        ({"hidden_size": 7164}, "hidden_size"), ({"moe_intermediate_size": 2044}, "moe_intermediate_size"),
+        ({"q_lora_rank": 1532}, "q_lora_rank"),
     ):  # fmt: skip
         with pytest.raises(EngineError, match=f"`{name}` is"):
             check_kernels(replace(K2, **changes))

@@ -118,6 +118,7 @@ def test_sizes_are_the_next_larger_ones() -> None:
     assert Size.of(1, 1, 5) == Size(1, 1, 1024)
     assert Size.of(3, 5, 1025) == Size(4, 8, 4096)
     assert Size.of(32, 8, 1 << 19) == Size(32, 8, 1 << 19)
+    assert Size.of(1, 1, (1 << 18) + 1) == Size.of(1, 1, (1 << 19) - 1)  # not a graph for every token
     assert Size.of(32, 8, 1).tokens == BATCHES[-1] * COUNTS[-1]
     for wrong in ((33, 1), (1, 9)):
         with pytest.raises(ValueError, match="more than a step takes"):
